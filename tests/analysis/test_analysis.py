@@ -1,4 +1,4 @@
-"""Spectra and use of the pool, against the dense weight change and by hand."""
+"""Spectra and pool use, against dense weight changes and values computed by hand."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_effective_rank_and_slots_by_hand():
 
 
 class Undiagonal(rasa_ext.RasaConfig):
-    """A method without a diagonal, which stands for one of ones."""
+    """A method without a diagonal, which means a diagonal of ones."""
 
     def factors(self, own, pool, place):
         return super().factors(own, pool, place)._replace(d=None)
@@ -171,7 +171,7 @@ def test_a_file_is_analyzed_by_its_method(config, tmp_path):
 
 @pytest.fixture
 def shapeless() -> methods.AdapterConfig:
-    """A config whose files do not tell the layers' shapes."""
+    """A config whose files do not contain the layers' shapes."""
     return VeraConfig(rank=3)
 
 

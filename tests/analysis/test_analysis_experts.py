@@ -1,4 +1,4 @@
-"""Spectra and use of the pool of adapted experts, against each expert's dense change."""
+"""Spectra and pool use of adapted experts, against each expert's dense weight change."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def write(directory, pairs: Pairs, **config):
-    """A LoRA of (B, A) by names of layers."""
+    """Write a LoRA from pairs (B, A) by layer name."""
     directory.mkdir(exist_ok=True)
     told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **config}
     (directory / "adapter_config.json").write_text(json.dumps(told))
