@@ -1,4 +1,4 @@
-"""GRPO with a server that is sent the adapter alone, and computes with it."""
+"""GRPO with a server that receives only the adapter and computes with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
 
 TOKENS = list(range(3, 40))
-LIMIT = 1e-5  # in nats; 9.5e-7 was measured
+LIMIT = 1e-5  # in nats; measured: 9.5e-7
 LOAD, UNLOAD, COMPLETE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions")
 
 
@@ -38,13 +38,13 @@ def _no_waiting(monkeypatch):
 
 
 def off(server, served, model) -> float:
-    """The largest difference between what the server and the trainer compute, in nats."""
+    """Return the largest difference in log-probabilities of server and trainer, in nats."""
     there = log_probabilities(server.loras[served.served], TOKENS)
     return (there - log_probabilities(model, TOKENS)).abs().max().item()
 
 
 class Check(TrainerCallback):
-    """After every sync: is the served adapter the trainer's?"""
+    """A callback that compares the served adapter to the trainer's after every sync."""
 
     def __init__(self, server, served):
         self.server, self.served = server, served
@@ -86,7 +86,7 @@ def grpo(model, directory, served, check, peft_config=None, chat=False, **option
 
 
 class Rollouts(Check):
-    """And are the log-probabilities that it tells those of the trainer, as it is then?"""
+    """A Check that also compares the rollouts' log-probabilities to the trainer's."""
 
     def __init__(self, server, served):
         super().__init__(server, served)
@@ -101,7 +101,7 @@ class Rollouts(Check):
         return found
 
 
-# A model and a config, whether prompts are conversations, and TRL's weight of the reference.
+# Model and config, whether prompts are conversations, and TRL's weight of the KL term (beta).
 FRONT_ENDS = {
     "patched": (lambda: (patched(make_model()), None), True, 0.0),
     "a config": (lambda: (make_model(), RasaConfig(r=4, task_type="CAUSAL_LM")), False, 0.1),
@@ -125,7 +125,7 @@ def test_every_sync_serves_what_is_trained(front_end, server, tmp_path, figure):
     assert max(check.told) < LIMIT
     for name, parameter in trainer.model.named_parameters():
         assert parameter.requires_grad or same_bits(parameter.detach(), before[name]), name
-    # One LoRA a sync, each asked for its own step's completions, and one is left.
+    # One LoRA per sync, each asked only for its step's completions; the last one remains.
     assert len(set(check.names)) == len(check.names) == 4
     asked = [body["model"] for path, body in server.requests if path == COMPLETE]
     assert asked == check.names[:3]
@@ -148,7 +148,7 @@ def test_the_check_notices_another_adapter(server, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_as_seldom_as_is_asked(server, tmp_path):
-    """With two updates a generation, every second one is sent, and the last."""
+    """With two updates per generation, every second update and the last one are sent."""
     served = ServedAdapter(server.address, tmp_path / "adapters", every=2, name="mine")
     check = Check(server, served)
     trainer = grpo(patched(make_model()), tmp_path, served, check, num_iterations=2)
