@@ -1,4 +1,4 @@
-"""The report for a CPU, run with tiny shapes. No time is judged."""
+"""The report for a CPU, run with tiny shapes. No test checks times."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_unknown_stage_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_cold_call_finds_the_caches_overwritten(monkeypatch):
-    """Whatever the size of the caches is, as many bytes are written before each call."""
+    """Before each call, twice the size of the last cache is written."""
     written = []
     monkeypatch.setattr(harness, "_last_cache_bytes", lambda: 1 << 10)
     zero = harness.torch.Tensor.zero_
@@ -61,7 +61,7 @@ def test_a_cold_call_finds_the_caches_overwritten(monkeypatch):
 
 
 def test_an_overhead_is_of_differences_by_round():
-    """A machine that gets slower changes nothing; one slow call does not either."""
+    """A machine that slows down does not change the ratio, nor does a single slow call."""
     slower = [1.0, 2.0, 3.0, 4.0, 5.0]
     adds = {"frozen": 0.0, "official": 0.4, "ours": 0.3}
     seconds = {name: [base + more for base in slower] for name, more in adds.items()}

@@ -1,4 +1,4 @@
-"""The benchmark of stacked experts, run with a tiny layer. No time is judged."""
+"""The benchmark of stacked experts, run with a tiny layer. No test checks times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARIANTS += ["PEFT r=4, grouped_mm", "slot", "layer", "shared", "shared, pool on
 
 def test_it_leaves_a_row_for_each_variant(tmp_path, monkeypatch, capsys):
     path = tmp_path / "experts.json"
-    monkeypatch.setattr(experts.harness, "pin_allocator", lambda: None)  # outlives the test
+    monkeypatch.setattr(experts.harness, "pin_allocator", lambda: None)  # would outlive the test
     arguments = ["experts", "--quick", "--rounds", "2", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", arguments)
     experts.main()

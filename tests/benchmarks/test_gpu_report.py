@@ -1,4 +1,4 @@
-"""The plan of the report for a machine with a GPU, and what survives of it. No time is judged."""
+"""The plan of the GPU report, and the results of a failed or stopped one; no times checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks import block, gpu_report, harness, linears, once, predict, recor
 from rasa_ext import RasaLinear, ops
 
 ROOT = Path(__file__).resolve().parents[2]
-# In the tests' environment and not in the one that the report is for.
+# Installed for the tests, but absent where the report runs.
 ABSENT = ("bitsandbytes", "torchao", "datasets", "trl", "gguf")
 COLLECT = """
 import importlib.machinery, sys
@@ -53,7 +53,7 @@ def run(stage: staged.Stage, limit: float, work: Path) -> dict:
 
 
 def collected(python: Path | str, files: list[str], absent: tuple[str, ...]) -> set[str]:
-    """The tests marked gpu in the files, collected where packages are absent."""
+    """Return the tests marked gpu in the files, collected with the ``absent`` packages hidden."""
     code = COLLECT.format(absent=absent, files=files)
     done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -88,7 +88,7 @@ def test_sanitizers_check_the_kernels_of_this_package_alone(tmp_path):
 
 
 def too_late_once(log: Path, text: str, monkeypatch) -> None:
-    """The stages' clock jumps when a log has the text."""
+    """Make the stages' clock jump by 1000 s once a log contains the text."""
 
     def now() -> float:
         return time.monotonic() + 1000 * (log.exists() and text in log.read_text())
@@ -119,7 +119,7 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
 
 
 def test_stages_run_at_the_same_time_end_each_on_its_own(tmp_path):
-    """Both wait for what the other writes."""
+    """Each stage waits for a file of the other, so both must run at once."""
     code = (
         "import pathlib, sys, time\n"
         "mine, other, status = sys.argv[1:]\n"
@@ -155,7 +155,7 @@ def test_a_benchmark_without_rows_has_failed(tmp_path):
 
 
 def test_tests_that_are_cut_short_leave_what_they_found(tmp_path, monkeypatch):
-    # A second after the first test's end: what pytest has heard of it by then is in its file.
+    # By a second after the first test's end, pytest has written the test's result to its file.
     begun = tmp_path / "begun"
     too_late_once(begun, "slow", monkeypatch)
     (tmp_path / "test_two.py").write_text(
@@ -197,7 +197,7 @@ def test_an_interrupted_report_holds_what_ended(tmp_path, forked_python):
 
 
 def measured(monkeypatch, tmp_path: Path) -> tuple[int, dict[str, dict]]:
-    """The exit status of a step's benchmark, and its first case's rows by variant."""
+    """Run the step benchmark; return its exit status and the first case's rows by variant."""
     path = tmp_path / "step.json"
     given = ["step", "--quick", "--device", "cpu", "--seconds", "0", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["block", *given])
@@ -246,7 +246,7 @@ def test_without_a_baseline_there_is_no_ratio(tmp_path):
 
 
 def test_every_operator_is_called_once(monkeypatch):
-    """By what runs under compute-sanitizer."""
+    """The program that runs under compute-sanitizer calls every operator."""
     called = set()
 
     class Recorder:
@@ -260,7 +260,7 @@ def test_every_operator_is_called_once(monkeypatch):
 
 
 def test_projections_are_fused_in_ours_alone(monkeypatch):
-    """q, k, v and gate, up go together in the variant that says so, and in no other."""
+    """Only the variant "ours, fused" fuses q, k, v and gate, up."""
     together = []
     plain = ops.linear_projections
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The whole report with a stand-in for the GPU and its programs. No time is judged."""
+"""The whole report with a stand-in for the GPU and its programs. No test checks times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import stand_in_cuda
 ROOT = Path(__file__).resolve().parents[2]
 OFF = "ours, each alone"
 BENCHMARKS = ("step", "one linear", "all layers", "decode", "growth", "profile", "traffic")
-# Each runs what it is given, from the Python on.
+# Each script runs its arguments, starting at the Python.
 SANITIZER = """#!/bin/sh
 while [ "$1" != "$STAND_IN_PYTHON" ]; do shift; done
 exec "$@"
@@ -31,7 +31,7 @@ exec "$@"
 
 
 def lines_of_ncu(steps: int) -> str:
-    """A mark and two kernels a step, the second of which reads 3 GiB and writes 1 GiB."""
+    """Return ncu output: per step a mark and two kernels; the second reads 3 GiB, writes 1 GiB."""
     head = "ID,Process ID,Process Name,Host Name,Kernel Name,Context,Stream,Block Size,Grid Size,"
     head += "Device,CC,Section Name,Metric Name,Metric Unit,Metric Value"
     text = ["==PROF== Connected to process 7", ",".join(f'"{each}"' for each in head.split(","))]
@@ -51,9 +51,9 @@ def lines_of_ncu(steps: int) -> str:
 
 
 def report(python: Path, out: Path, *arguments: str, **variables: str) -> tuple[int, dict, str]:
-    """Exit status, report.json and output of a report with tiny shapes."""
+    """Run a report with tiny shapes; return exit status, report.json and output."""
     command = (python, "-m", "benchmarks.gpu_report", "--quick", "--out", out, *arguments)
-    # Compiling is left out: that torch.compile of a CPU works is no news here.
+    # Skip compilation: torch.compile on a CPU is not tested here.
     variables = {**os.environ, "TORCHDYNAMO_DISABLE": "1", **variables}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     output = done.stdout + done.stderr
@@ -62,13 +62,13 @@ def report(python: Path, out: Path, *arguments: str, **variables: str) -> tuple[
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory, forked_python) -> Path:
-    """With the stand-in."""
+    """A Python with the stand-in for CUDA."""
     return stand_in_cuda.program(forked_python, tmp_path_factory.mktemp("program"))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, python) -> tuple[Path, dict]:
-    """Folder and content of a report with which nothing is wrong."""
+    """Folder and content of a report without failures."""
     out, programs = tmp_path_factory.mktemp("report"), tmp_path_factory.mktemp("bin")
     for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
         (programs / name).write_text(text)
@@ -155,8 +155,8 @@ def test_the_machine_and_the_commit_are_named(whole):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, python) -> tuple[Path, dict]:
-    """A report where nothing was built, a baseline raises, a test file cannot be imported, and
-    neither the sanitizer nor Nsight Compute is there."""
+    """Folder and stages of a report with failures: no built kernels, a baseline that raises, a test
+    file that cannot be imported, and neither the sanitizer nor Nsight Compute installed."""
     out, folder = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("tests")
     (folder / "test_not_to_be_imported.py").write_text("import a_package_that_is_not_there\n")
     variables = {
@@ -220,7 +220,7 @@ def test_the_first_case_gets_all_its_rounds_whatever_time_is_left(python, tmp_pa
 
 
 def test_a_device_waits_while_the_host_launches(monkeypatch):
-    """For half again as long as the launches took the last time."""
+    """The device sleeps 1.5 times as long as the previous launches took."""
     slept = []
     for name, value in {**stand_in_cuda.ANSWERS, "_sleep": slept.append}.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -1,4 +1,4 @@
-"""The memory that docs/memory.md computes: its tables, and the counts behind them."""
+"""The memory computed in docs/memory.md: the tables and the counts behind them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_weights_and_trained_parameters_are_those_of_the_model(name, heads):
 
 @pytest.fixture
 def small(monkeypatch) -> memory.Model:
-    monkeypatch.setattr(memory, "GPU_PADDING", 1)  # a CPU pads nothing
+    monkeypatch.setattr(memory, "GPU_PADDING", 1)  # CPU tensors are not padded
     return memory.Model(decoder("small", 4, 64, 32, 160), vocabulary=320, tied=False)
 
 
@@ -62,10 +62,10 @@ def test_what_blocks_save_is_what_autograd_saves(small, figure):
     with saved_storages() as saved:
         model.model(input_ids=TOKENS, use_cache=False)
     found = sum(size for address, size in saved.items() if address not in base)
-    packs = small.packs(8, 1) // 3  # without their gradients
+    packs = small.packs(8, 1) // 3  # without the packs' gradients
     computed = small.activations(TOKENS.numel(), 8, 1, checkpointing=False) + packs
     figure(f"bytes saved for the backward over those computed: {found / computed:.3f}")
-    assert computed < found < 1.02 * computed  # and a scale for each norm, row and head
+    assert computed < found < 1.02 * computed  # plus a scale per norm, row and head
 
 
 def test_the_logits_are_the_peak_of_the_loss():

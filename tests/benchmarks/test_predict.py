@@ -1,4 +1,4 @@
-"""Predicted steps: what is counted, held against counts by hand and against what PyTorch runs."""
+"""Predicted steps: counts compared to counts by hand and to the operators that PyTorch runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDEAL = predict.Assumptions(
 
 
 def one(variant: str, tokens: int, **setting) -> list[passes.Op]:
-    """A linear of 64 to 48 features with R = 7 + 9."""
+    """Return the operators of a linear from 64 to 48 features with R = 7 + 9."""
     given = {"rank": 16, "pooled": 9, "itemsize": 2, "multiple": 16} | setting
     return passes.ops(
         passes.BY_NAME[variant], [Linear("proj", 64, 48, "x")], Setting(tokens, **given)
@@ -46,8 +46,8 @@ def test_the_bytes_of_a_frozen_linear():
 
 
 def test_the_bytes_of_an_adapted_linear():
-    """Counted by hand: bfloat16 activations, float32 parameters and gradients of them."""
-    M, inner, out, R, own = 100, 64, 48, 16, 7 + 9 // 3  # a third of the pool's ranks is a layer's
+    """Counted by hand: bfloat16 activations, float32 parameters and parameter gradients."""
+    M, inner, out, R, own = 100, 64, 48, 16, 7 + 9 // 3  # each layer owns a third of the pool
     parameters = 4 * own * (inner + out) + 4 * R
     pack = parameters + 2 * R * (inner + out)
     x, y, U, W = 2 * M * inner, 2 * M * out, 2 * M * R, 2 * inner * out
@@ -55,23 +55,23 @@ def test_the_bytes_of_an_adapted_linear():
     expected = [
         *(x + Ap + U, U + Bp + y, x + W + 2 * y),
         *(y + Bp + U, U + y + dBp, U + x + dAp, U + Ap + x, y + W + 2 * x),
-        # dAp, dBp, B, B_pool and d are read; the five gradients are written.
+        # Reads dAp, dBp, B, B_pool and d; writes five gradients.
         *(pack, 4, dAp + dBp + 4 * own * out + 4 * R + parameters),
     ]
     found = one("ours", M, layers=3)
     assert [op.bytes for op in found] == expected
     assert [op.launches for op in found] == [1] * 8 + [1 / 3] * 3
     biased = [op.bytes for op in one("ours", M, layers=3, biased=True)]
-    assert sum(biased) - sum(expected) == 2 * out  # added as the result is written
+    assert sum(biased) - sum(expected) == 2 * out  # the bias is added while writing the result
 
 
 def test_dropout_reads_and_writes_x():
     M, inner = 104, 64
     x, mask = 2 * M * inner, M * inner // 8
     without, with_it = (sum(op.bytes for op in one("ours", M, dropout=d)) for d in (False, True))
-    # The noise is drawn and read, the mask is written; x is kept twice and dx once.
+    # Noise is written and read, the mask is written; two passes for x, one for dx.
     assert with_it - without == 2 * 8 + mask + 3 * (2 * x + mask)
-    # By the kernels there is no copy of x: the mask is read beside it.
+    # The kernels make no copy of x: they read the mask beside x.
     with_it, without = (
         sum(op.bytes for op in one("ours", 1024, dropout=d, kernels=True)) for d in (True, False)
     )
@@ -80,7 +80,7 @@ def test_dropout_reads_and_writes_x():
 
 
 def test_the_bytes_of_the_kernels():
-    """Counted by hand: 1024 tokens, a part of the features and 4 groups of the tokens."""
+    """Counted by hand: 1024 tokens, one part of the features and 4 groups of tokens."""
     M, inner, out, R = 1024, 64, 48, 16
     x, y, U, H = 2 * M * inner, 2 * M * out, 2 * M * R, 2 * M * R
     Ap, Bp, dAp, dBp = 2 * R * inner, 2 * R * out, 4 * R * inner, 4 * R * out
@@ -101,11 +101,11 @@ def test_the_bytes_of_the_kernels():
 
 @pytest.mark.parametrize("tokens", [4096, 8192])
 def test_the_floor_is_the_one_counted_by_hand(tokens):
-    """With all that is assumed at its best: six passes over tokens beside the base's products."""
+    """Under ideal assumptions, RaSA adds six passes over the tokens to the base's products."""
     linears = predict.MODELS["llama-3.1-8b"].linears
     base = sum(4 * tokens * each.in_features * each.out_features for each in linears) / 800e12
     six = sum(3 * 2 * tokens * (each.in_features + each.out_features) for each in linears) / 3.35e12
-    sums = 3 * 3 * 2 * tokens * 4096 / 3.35e12  # of the dx of q, k, v and of gate, up
+    sums = 3 * 3 * 2 * tokens * 4096 / 3.35e12  # sums of dx of q, k, v and of gate, up
     found = {
         variant: predict.timed(
             predict.operations(predict.MODELS["llama-3.1-8b"], tokens, 8, variant),
@@ -116,7 +116,7 @@ def test_the_floor_is_the_one_counted_by_hand(tokens):
         for variant in ("frozen", "ours cublas")
     }
     assert found["frozen"] == pytest.approx(1e3 * (base + sums), rel=1e-3)
-    # U and H, weights and what is in weight space stand beside them: a fortieth of it.
+    # U, H, weights and weight-space work add at most a fortieth.
     assert found["ours cublas"] == pytest.approx(1e3 * (base + six + sums), rel=0.025)
     assert found["ours cublas"] > 1e3 * (base + six + sums)
 
@@ -127,17 +127,17 @@ def test_launches_of_a_decoder_layer():
         return found.launches, found.products
 
     assert counted("frozen") == (14 + 3, 14)
-    # Seven groups of 32 layers: a pack, its ports' zero and its backward.
+    # Seven groups of 32 layers, each with a pack, a zero for its ports and a backward.
     assert counted("ours fused cublas") == (47 + 2 + 7 * 3 / 32, 47)
-    # Four products of each linear are the kernels'; U, H with dBp and dAp are two launches each,
-    # but for down_proj's dAp, which has one group of tokens.
+    # The kernels compute four products of each linear. U, H with dBp, and dAp take two launches
+    # each, except down_proj's dAp, which has one group of tokens.
     assert counted("ours") == (28 + 7 * 6 - 1 + 3 + 7 * 3 / 32, 28)
-    # q, k and v share U, dAp and dX = H Ap, as gate and up do; each a cat of the Ap.
+    # q, k and v share U, dAp, dX = H Ap and a cat of the Ap; so do gate and up.
     assert counted("ours fused") == (25 + 4 * 4 + 7 * 2 - 1 + 2 + 7 * 3 / 32, 25)
 
 
 class Recorded(TorchDispatchMode):
-    """The kinds of operators that run, in the words of benchmarks/passes.py."""
+    """A mode that counts operators by kind, with the names of benchmarks/passes.py."""
 
     KINDS = {  # noqa: RUF012
         "mm": "product",
@@ -170,7 +170,7 @@ def test_pytorch_runs_what_is_listed(variant):
     with Recorded() as recorded:
         run()
     listed = Counter(op.kind for op in one(variant, 33))
-    del listed["copy"]  # autograd's own, of a gradient whose rows have gaps: no operator
+    del listed["copy"]  # autograd copies the strided gradient itself, not by an operator
     listed["add"] += listed.pop("sum_pool", 0)
     listed = +listed
     assert recorded.kinds == listed
@@ -188,7 +188,7 @@ def test_order(model, card):
         assert ms["frozen"] < ms["ours fused graph"] < ms["ours fused"] < ms["ours"], tokens
         assert ms["ours"] < ms["addmm"] < ms["official"], tokens
         assert ms["peft r"] < ms["peft R"] < ms["official"], tokens
-        # With fewer the smallest model is bound by launches, of which PEFT has the fewest.
+        # With fewer tokens, launches limit the smallest model, and PEFT has the fewest.
         assert tokens < 2048 or ms["ours"] < ms["peft r"], tokens
         for variant, found in ms.items():
             assert found > device(model, tokens // 2, variant, card)
@@ -225,7 +225,7 @@ def test_a_cpu_does_the_work_itself(monkeypatch):
     linears = predict.MODELS["smollm2-135m"].linears
     flops = sum(4 * 512 * each.in_features * each.out_features for each in linears)
     assert found.ms == found.host_ms > found.device_ms > 1e3 * flops / 1e11
-    assert found.host_ms - found.device_ms == pytest.approx(17 * 5e-3)  # what it dispatches
+    assert found.host_ms - found.device_ms == pytest.approx(17 * 5e-3)  # dispatching 17 operators
 
 
 def test_biases_cost_no_pass():

@@ -1,4 +1,4 @@
-"""The benchmark of SFTTrainer, run with a tiny model. No time is judged."""
+"""The benchmark of SFTTrainer, run with a tiny model. No test checks times."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks import sft
 
 
 def test_it_leaves_a_row_for_each_variant(tmp_path, monkeypatch, capsys):
-    """Two rounds of three steps of which the first is not timed; all forms of RaSA agree."""
+    """Two rounds of three steps, the first not timed, give equal results for all forms of RaSA."""
     path = tmp_path / "sft.json"
-    monkeypatch.setattr(sft.harness, "pin_allocator", lambda: None)  # outlives the test
+    monkeypatch.setattr(sft.harness, "pin_allocator", lambda: None)  # would outlive the test
     monkeypatch.setattr(sys, "argv", ["sft", "--quick", "--json", str(path)])
     sft.main()
     rows = json.loads(path.read_text())["rows"]
