@@ -1,7 +1,7 @@
-"""Run in llama.cpp's environment: ``llama-server``'s words, requests in, the likeliest tokens out.
+"""Run in llama.cpp's environment: read a ``llama-server`` command and requests, write top tokens.
 
-The program itself is in no package; its server is, as a library, which is given what the words of
-the command say.
+No Python package contains the program, but xllamacpp contains its server as a library. The script
+passes the command's arguments to the library.
 """
 
 import argparse
@@ -23,9 +23,9 @@ params.model.path = words.m
 params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in words.lora]
 params.cache_ram_mib = words.cache_ram
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 1024, 1, 0, False
-# Threads of llama.cpp wait for each other by spinning: for prompts this short that is most of it.
+# llama.cpp's threads spin while they wait, which would dominate for such short prompts.
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-# The exact ones, where the differences of float16 are not the subject.
+# Exact cache and attention: float16 differences are not the subject.
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 running = xllamacpp.Server(params)

@@ -1,4 +1,4 @@
-"""Run in MLX's environment: folders and tokens in, log-probabilities of all tokens out."""
+"""Run in MLX's environment: read folders and tokens, write log-probabilities of all tokens."""
 
 import json
 import sys

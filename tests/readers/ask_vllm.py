@@ -1,4 +1,4 @@
-"""Run in vLLM's environment: requests and their adapters as one batch in, likeliest tokens out."""
+"""Run in vLLM's environment: run requests with adapters in one batch, write the top tokens."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ if __name__ == "__main__":
         dtype="float32",
         enable_lora=True,
         max_lora_rank=question["rank"],
-        max_loras=len(names) + 1,  # on a CPU the last is taken for rows without an adapter
+        max_loras=len(names) + 1,  # on a CPU, rows without an adapter use the last slot
         max_model_len=256,
         max_logprobs=question["count"],
         enforce_eager=True,

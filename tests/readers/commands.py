@@ -1,4 +1,4 @@
-"""The command ``rasa-ext`` and what it says is to be run next."""
+"""Run ``rasa-ext`` and read the commands that its output suggests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rasa_ext.commands.app import app
 
 
 def printed(*words: object) -> list[list[str]]:
-    """Run the command; the words of the commands that it prints, which are set off by spaces."""
+    """Run the command; return the words of each command that it prints on an indented line."""
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, (done.output, done.exception)
     lines = done.output.splitlines()
@@ -19,7 +19,7 @@ def printed(*words: object) -> list[list[str]]:
 
 
 def exported(case, folder: Path, *options: object) -> dict[str, tuple]:
-    """Each adapter as a LoRA below ``folder``: where it is, and the commands that are printed."""
+    """Export each adapter as a LoRA below ``folder``; return its path and the printed commands."""
     found = {}
     for name, path in case.adapters.items():
         words = ("--model", case.base, "--output", folder / name, *options)

@@ -1,7 +1,7 @@
-"""What readers are given: a real model of 135M parameters, two adapters, and what is right.
+"""Inputs for the readers: a real model of 135M parameters, two adapters, expected values.
 
-Adapters of random factors that move log-probabilities by nats: one that is lost, scaled, permuted
-or another's cannot pass.
+The adapters are random and change log-probabilities by nats, so a lost, scaled, permuted or wrong
+adapter fails the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Case:
     texts: tuple[str, ...]
     adapters: dict[str, Path]
     expected: dict[str, list[Tensor]]
-    """By adapter, "base" for none: for each prompt (tokens, vocabulary) in float32."""
+    """Log-probabilities by adapter ("base" for none) and prompt: (tokens, vocabulary), float32."""
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def case(tmp_path_factory) -> Case:
 
 
 def fill(model, seed: int) -> None:
-    """Random factors: each B's columns are of one size, so that no rank is idle."""
+    """Set random factors with columns of B of similar size, so that every rank has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):

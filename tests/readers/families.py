@@ -1,4 +1,4 @@
-"""A random model of two layers of every family that has formats of its own, adapted."""
+"""Small random models with adapters, one of each family in the GGUF and mlx-lm formats."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ FAMILIES = {
     "granite": {},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
-    # mlx-lm's Gemma has the exact GELU, where transformers approximates it: 1.9e-3 off else.
+    # mlx-lm's Gemma uses the exact GELU; transformers' approximation would differ by 1.9e-3.
     "gemma": {"head_dim": 8, "hidden_act": "gelu"},
     "gemma2": _HEADS,
-    "gemma3_text": {**_HEADS, "num_hidden_layers": 6},  # the sixth sees all tokens
+    "gemma3_text": {**_HEADS, "num_hidden_layers": 6},  # the sixth layer has full attention
     "phi3": {"original_max_position_embeddings": 512},
 }
 
 
 def adapted(family: str):
-    """The same model with the same adapter each time, which changes much of what it computes."""
+    """Return a family's model with a large random adapter; every call returns equal weights."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **_SIZES | FAMILIES[family])
     for name, value in FAMILIES[family].items():
-        setattr(config, name, value)  # also where transformers takes another for it
+        setattr(config, name, value)  # even if transformers replaced the value
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     rasa_ext.patch_model(model, rank=4, k=1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Prompts, whole and cut, and the likeliest tokens after them: what servers tell."""
+"""Compare the top tokens that servers return after whole and cut prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ COUNT = 50
 
 
 def prompts(case) -> list[tuple[int, int]]:
-    """(index, length) of what is asked."""
+    """Return (index, length) of each whole prompt and its first half."""
     return [(i, n) for i, p in enumerate(case.prompts) for n in (len(p) // 2, len(p))]
 
 
 def off(case, adapter: str, told: list[Mapping], count: int = COUNT) -> float:
-    """The largest difference of a log-probability from what is right for an adapter."""
+    """Return the largest error of the log-probabilities that a server returned for an adapter."""
     largest = 0.0
     for (i, length), found in zip(prompts(case), told, strict=True):
         right = case.expected[adapter][i][length - 1]

@@ -1,9 +1,9 @@
-"""Run the tests of readers and of DeepSpeed; write what they measured into docs/compatibility.md.
+"""Run the tests of readers and DeepSpeed, and write their results to docs/compatibility.md.
 
     python -m tests.readers.report
 
-The part of the page between its two marks is replaced, all of it by one run of all these tests, and
-nothing is written where a test fails.
+One run replaces the whole part of the page between the two marks. If a test fails, the page stays
+unchanged.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 PART = re.compile(r"(?<=<!-- readers -->\n).*?(?=<!-- end of readers -->)", re.DOTALL)
 READERS = {
-    # The beginning of a property's name, and the section of readers.ini.
+    # First part of a property's name: section of readers.ini.
     "llama.cpp": "llama.cpp",
     "mlx-lm": "mlx",
     "vLLM": "vllm",
     "DeepSpeed": "deepspeed",
 }
 TESTS = ("-m", "readers or engines", "--figures", "tests/readers", "tests/distributed")
-REPORT = ("-o", "junit_family=xunit1")  # the kind of report that may have properties
+REPORT = ("-o", "junit_family=xunit1")  # the report format with properties
 
 
 def main() -> int:
-    """Run the tests, and write the page where all of them passed."""
+    """Run the tests; write the page if all of them pass."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.xml"
         words = ["-m", "pytest", *REPORT, f"--junitxml={path}", *TESTS]
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def measured(xml: str) -> dict[str, float]:
-    """The largest differences that tests recorded, by what was run."""
+    """Return the largest difference that each test recorded, by property name."""
     properties = ElementTree.fromstring(xml).iter("property")
     given = {each.attrib["name"]: each.attrib["value"] for each in properties}
     return {
@@ -58,7 +58,7 @@ def measured(xml: str) -> dict[str, float]:
 
 
 def table(found: dict[str, float], day: datetime.date) -> str:
-    """The rows of what was run, with the versions that were installed."""
+    """Return the table of results, with the installed versions."""
     lines = ["", "| program | what was run | largest difference | versions |", "| --- " * 4 + "|"]
     for name, value in found.items():
         reader, _, what = name.partition(", ")

@@ -1,4 +1,4 @@
-"""Servers, started by a command as it was printed, on a free port."""
+"""Start servers by their printed commands, on a free port."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.readers.environments import environment
 
 @dataclasses.dataclass(frozen=True)
 class Post:
-    """Posts JSON to a path of a server, which it waits for."""
+    """A callable that posts JSON to a path of a server, waiting until the server is up."""
 
     address: str
     server: subprocess.Popen
@@ -32,7 +32,7 @@ class Post:
 
 @contextlib.contextmanager
 def served(reader: str, words: list[str], log: Path, **variables: str) -> Iterator[Post]:
-    """Start a program of a reader's; give what posts JSON to a path of its server."""
+    """Start a reader's server; yield a Post for it."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     command = [environment(reader) / words[0], *words[1:], "--port", port]
@@ -59,6 +59,6 @@ def _post(url: str, body: dict[str, Any], server: subprocess.Popen, log: Path) -
                 return json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as error:
             raise AssertionError(error.read(), log.read_text()[-6000:]) from error
-        except OSError:  # not up yet
+        except OSError:  # the server is not up yet
             assert time.monotonic() < end, log.read_text()[-6000:]
             time.sleep(1)

@@ -1,4 +1,4 @@
-"""GRPO with a real vLLM server, which is sent the adapter alone at every step."""
+"""GRPO with a real vLLM server that receives only the adapter at every step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, 
         for prompt, tokens, those in zip(*found.values(), strict=True):
             expected = of_tokens(model, prompt, tokens)
             told.append((torch.tensor(those) - expected).abs().max().item())
-        if before:  # what the server would tell if it still had the last one
+        if before:  # the error if the server still had the last adapter
             moved.append((of_tokens(model, *before[-1][:2]) - before[-1][2]).abs().max().item())
         before.append((prompt, tokens, expected))
         return found
@@ -42,7 +42,7 @@ def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, 
         served = ServedAdapter(post.address, tmp_path / "adapters")
         trainer = trl.GRPOTrainer(
             model,
-            # Never alike, so that every step has something to learn.
+            # Rewards always differ, so that every step changes the adapter.
             reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
             args=trl.GRPOConfig(
                 str(tmp_path / "out"),
@@ -72,6 +72,6 @@ def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, 
 
 
 def of_tokens(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """The log-probability of each token of a completion."""
+    """Return the log-probability of each token of a completion."""
     logits = log_probabilities(model, prompt + tokens)[len(prompt) - 1 : -1]
     return logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]

@@ -17,12 +17,12 @@ from tests.readers.likeliest import COUNT, off, prompts
 
 pytestmark = pytest.mark.readers
 
-LIMIT = 1e-3  # in nats; 2.4e-4 was measured in float32
+LIMIT = 1e-3  # in nats; measured in float32: 2.4e-4
 
 
 @pytest.fixture(scope="module")
 def exported(case, tmp_path_factory) -> list[str]:
-    """The first adapter over a float32 base: all that is printed is run; the server's words."""
+    """Export the first adapter, run the printed conversion, return the server's arguments."""
     out = tmp_path_factory.mktemp("llama_cpp") / "lora"
     words = ["export-lora", case.adapters["first"], "--model", case.base, "--output", out]
     convert, serve = printed(*words, "--format", "gguf")
@@ -38,7 +38,7 @@ def requests(case, lora=None):
 
 
 def test_float32_on_and_off_by_request(case, exported, tmp_path, figure, record_property):
-    """As started, then without the adapter, then with it; two adapters, of which either is off."""
+    """With two adapters loaded, each request turns one of them on, or none."""
     second = tmp_path / "second"
     printed(
         "export-lora", case.adapters["second"], "--model", case.base, "--output", second,
@@ -74,7 +74,7 @@ def test_float32_as_printed(case, exported, tmp_path, figure, record_property):
 
 
 def test_over_the_quantized_base(case, tmp_path, figure, record_property):
-    """llama.cpp rounds activations to eight bits there, so the base itself is off, by as much."""
+    """llama.cpp rounds activations to eight bits, so the base has an error of similar size."""
     out = tmp_path / "lora"
     (serve,) = printed("export-lora", case.adapters["first"], "--output", out, "--format", "gguf")
     assert serve[1:3] == ["-m", str(case.gguf)]
@@ -98,7 +98,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 
 
 def same(ours: Path, its: Path) -> None:
-    """Every tensor bit by bit, and what the loader asks for."""
+    """Check that all tensors are bit-identical, and the fields that the loader reads equal."""
     (tensors, fields), (others, told) = read(ours), read(its)
     assert fields == told
     assert tensors.keys() == others.keys()
@@ -108,7 +108,7 @@ def same(ours: Path, its: Path) -> None:
 
 
 def test_the_file_is_the_converter_s(tmp_path):
-    """Of every family, whose conversions are one process: its imports take longer than its work."""
+    """This holds for every family. One process converts all, since importing takes longest."""
     lines = []
     for family in FAMILIES:
         model, folder = adapted(family), tmp_path / family

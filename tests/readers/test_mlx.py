@@ -1,4 +1,4 @@
-"""mlx-lm on a CPU: its own format of adapters, by every family, and its server as printed."""
+"""mlx-lm on a CPU: adapters in its format for every family, and the printed server command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.readers.servers import served
 
 pytestmark = pytest.mark.readers
 
-LIMIT = 1e-3  # in nats; 3.0e-4 was measured
+LIMIT = 1e-3  # in nats; measured: 3.0e-4
 
 
 def log_probabilities(path: str) -> list[torch.Tensor]:
@@ -27,7 +27,7 @@ def log_probabilities(path: str) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def loras(case, tmp_path_factory):
-    """Both adapters in mlx-lm's format, and the commands that are printed."""
+    """Both adapters in mlx-lm's format, with the printed commands."""
     return exported(case, tmp_path_factory.mktemp("mlx"), "--format", "mlx")
 
 
@@ -52,7 +52,7 @@ def test_every_log_probability(case, loras, tmp_path, figure, record_property):
 
 
 def test_every_family(tmp_path, figure):
-    """A name that is another in mlx-lm would be refused there, and a wrong axis give other rows."""
+    """mlx-lm would refuse a wrong name, and a wrong axis would change the log-probabilities."""
     tokens, asked, expected = [list(range(3, 15))], [], {}
     for family in FAMILIES:
         model, folder = adapted(family), tmp_path / family
@@ -90,7 +90,7 @@ def _name_rope_theta(path) -> None:
 
 
 def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
-    """The likeliest token after each prompt, which is less likely by other adapters, or by none."""
+    """The top token's log-probability matches only this adapter, not the other or the base."""
     _, words = loras["first"]
     assert words[0] == "mlx_lm.server"
     asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": True}

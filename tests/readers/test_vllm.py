@@ -1,4 +1,4 @@
-"""vLLM on a CPU: adapters and the base in one batch, and its server as printed."""
+"""vLLM on a CPU: adapters and the base in one batch, and the printed server command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.readers.servers import served
 
 pytestmark = pytest.mark.readers
 
-LIMIT = 1e-3  # in nats; 1.7e-4 was measured
+LIMIT = 1e-3  # in nats; measured: 1.7e-4
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -23,7 +23,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def loras(case, tmp_path_factory):
-    """Both adapters as LoRAs, and the command that is printed."""
+    """Both adapters as LoRAs, with the printed command."""
     return exported(case, tmp_path_factory.mktemp("vllm"))
 
 
@@ -47,7 +47,7 @@ def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, figure, recor
 
 
 def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
-    """The adapter that it starts with, the base, and one that it is given by HTTP."""
+    """The server serves the initial adapter, the base, and an adapter loaded over HTTP."""
     _, words = loras["first"]
     assert words[:2] == ["vllm", "serve"]
     names = {"first": loras["first"][0].name, "base": str(case.base), "second": "pushed"}
