@@ -1,4 +1,4 @@
-"""What cards say of a run, and of an import, and Trainer's own push."""
+"""Model cards of a run and of an import, and Trainer's own push."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, w
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A folder with a base, data, and what a short run has written."""
+    """A folder with a base, data and the output of a short run."""
     folder = tmp_path_factory.mktemp("anna")
     save_base(folder / "Tiny-LM")
     for name, each in (("train", sums(22)), ("test", sums(30)[22:])):
@@ -124,7 +124,7 @@ def test_an_imported_lora_s_card_says_so(run, tmp_path):
 
 
 def test_a_trainer_that_pushes(tmp_path, monkeypatch):
-    """Trainer's own push: while it trains, and at the end with the card."""
+    """Trainer itself pushes during training, and at the end with the card."""
     tokenizer = make_tokenizer()
     with local_hub(monkeypatch, tmp_path / "cache") as hub:
         arguments = SFTConfig(

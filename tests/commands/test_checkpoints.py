@@ -1,4 +1,4 @@
-"""The newest training checkpoint that is whole, and what is said of a newer one."""
+"""Choosing the newest undamaged training checkpoint, and the message about damaged ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.tiny_lm import make_model
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """An output folder with checkpoints after steps 9 and 10, as Trainer names their files."""
+    """An output folder with checkpoints of steps 9 and 10, with Trainer's file names."""
     model = patched(make_model(), 4, 1)
     for step in (9, 10):
         folder = tmp_path / f"checkpoint-{step}"
@@ -41,7 +41,7 @@ def cut(path: Path) -> None:
 
 
 def rot(path: Path) -> None:
-    """Other bytes in the middle half; its ends, by which a format is known, stay."""
+    """Change the middle half of a file; the ends, which identify the format, stay."""
     data = path.read_bytes()
     quarter = len(data) // 4
     other = bytes(byte ^ 0xFF for byte in data[quarter:-quarter])
@@ -49,7 +49,7 @@ def rot(path: Path) -> None:
 
 
 def found(run: Path) -> tuple[Path, str]:
-    """The checkpoint, and what is said of the choice."""
+    """Return the chosen checkpoint and the printed text."""
     text = io.StringIO()
     return newest_whole(run, Console(file=text, width=1000)), text.getvalue()
 
@@ -65,7 +65,7 @@ def test_the_newest_is_taken(run):
 def test_a_damaged_newest_is_named_and_the_one_before_taken(name, damage, run):
     damage(run / "checkpoint-10" / name)
     chosen, text = found(run)
-    if (name, damage) == ("rng_state.pth", Path.unlink):  # Trainer goes on without it
+    if (name, damage) == ("rng_state.pth", Path.unlink):  # Trainer does not need this file
         assert chosen == run / "checkpoint-10"
         return
     assert chosen == run / "checkpoint-9"

@@ -1,4 +1,4 @@
-"""The command: what it prints, what it writes, and that its files are read by others."""
+"""The command: printed text, written files, and reading the files with other libraries."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(base, tmp_path_factory) -> Path:
-    """An adapter, away from its start, whose config names the base."""
+    """A random adapter, far from its initial values, with the base's name in its config."""
     directory = tmp_path_factory.mktemp("cli") / "adapter"
     rasa_ext.save_adapter(patched(load(base)), directory)
     return directory
@@ -161,7 +161,7 @@ def test_inspect_an_adapter_needs_no_base(tuned, tmp_path):
     text = invoke("inspect", alone)
     assert "peft_type RASA" in text
     assert "rasa_k 1" in text
-    # L, out x in, private, pooled, R, parameters: 2 layers of 3 + 1 ranks and two d of 5
+    # L, out x in, private, pooled, R, parameters: 2 layers, each with 3 + 1 ranks and a d of 5
     assert "model.layers.*.self_attn.q_proj 2 32 x 32 3 2 5 522" in text
     assert "model.layers.*.mlp.down_proj 2 32 x 48 3 2 5 650" in text
     stored = load_file(alone / "adapter_model.safetensors")
@@ -192,7 +192,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp
         "alpha": 16,
         "batch-size": 2,  # either spelling
         "seq_len": 64,
-        "lr": "1e-3",  # YAML reads a bare 1e-3 as a string, too
+        "lr": "1e-3",  # YAML also reads a bare 1e-3 as a string
         "max_steps": 3,
         "gradient_checkpointing": True,
         "target_modules": ["q_proj", "v_proj"],
@@ -284,13 +284,13 @@ def test_an_adapter_for_another_model(tuned, tmp_path):
     text = invoke("merge", tuned, "--model", other, "--output", tmp_path / "m", code=1)
     said = text.partition("the adapter does not fit the model. ")[2]
     assert said.startswith("Load it into the model that it was trained on")
-    assert said.count("rasa_") == 2  # of all the tensors
+    assert said.count("rasa_") == 2  # only two tensors are listed
     assert not (tmp_path / "m").exists()
 
 
 @pytest.fixture(scope="module")
 def with_code(base, tuned, tmp_path_factory) -> Path:
-    """A base and an adapter's tokenizer whose configurations name code, which leaves a mark."""
+    """A base and a tokenizer with configs that name code; the code writes a file if it runs."""
     folder = tmp_path_factory.mktemp("code")
     for name in ("base", "tokenizer"):
         shutil.copytree(base if name == "base" else tuned, folder / name)

@@ -1,4 +1,4 @@
-"""The commands about files, over a mixture of experts: sizes, layouts, one line a group."""
+"""The file commands with a mixture of experts: sizes, layouts, one line per group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPINGS = {"slot": 1, "layer": 1, "shared": RANK}
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, Path]:
-    """A base, and an adapter of each grouping; that of "shared" is pool-only."""
+    """A base, and an adapter for each grouping; the "shared" one has only a pool."""
     folder = tmp_path_factory.mktemp("experts")
     build("mixtral").save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
@@ -36,7 +36,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
 
 def groups_in(adapter: Path):
-    """Groups, other tensors, and how many numbers are trained."""
+    """Return groups, other tensors and the number of trained parameters."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     trained = [t.numel() for name, t in tensors.items() if not name.endswith("rasa_slots")]
     return *read_groups(read_config(adapter), tensors), sum(trained)
@@ -88,7 +88,7 @@ def test_export_for_sglang(places, tmp_path):
 
 
 def test_a_large_export_asks(places, tmp_path, monkeypatch):
-    """A LoRA of linear layers alone does not."""
+    """Only a LoRA with experts asks; a LoRA of linear layers does not."""
     monkeypatch.setattr(export_lora, "LARGE", 1000)
     words = [
         "export-lora",

@@ -1,4 +1,4 @@
-"""What the commands do where files cannot, or should not, be written."""
+"""The commands when files cannot be written, or should not be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_lm import save_base
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, Path]:
-    """What the commands read: a base, an adapter, a LoRA, an official one."""
+    """Inputs of the commands: a base, an adapter, a LoRA, an official adapter."""
     folder = tmp_path_factory.mktemp("files")
     save_base(folder / "base")
     model = patched(load(folder / "base"), 4, 1)
@@ -78,7 +78,7 @@ def test_an_output_that_holds_files(command, places, tmp_path):
 
 
 def test_an_output_without_permission_is_found_before_the_work(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "_may_write", lambda _: False)  # root may, everywhere
+    monkeypatch.setattr(writing, "_may_write", lambda _: False)  # root may write anywhere
     monkeypatch.setattr(models, "load_model", None)
     for command in ("merge", "export-lora", "import-official"):
         text = run(command, places, tmp_path / "out", code=1)
@@ -119,7 +119,7 @@ def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatc
     ],
 )
 def test_what_no_command_expected(error, said, monkeypatch):
-    """As from a checkpoint in Trainer's hands."""
+    """Such errors come, for example, from Trainer writing a checkpoint."""
 
     def failing(_):
         raise error

@@ -1,4 +1,4 @@
-"""inspect: what it takes for an adapter, and what it prints to a pipe."""
+"""inspect: which arguments count as an adapter, and the output to a pipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG = "a_module_with_a_name_that_no_terminal_has_room_for" * 2
 
 @pytest.fixture
 def offline(monkeypatch) -> None:
-    """Any connection is an error."""
+    """Make any connection an error."""
 
     def refuse(*_, **__):
         raise AssertionError("the hub was asked")
@@ -48,14 +48,14 @@ def test_a_typo_is_no_hub_name(name, words, offline, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_an_adapter(tmp_path):
-    empty = tmp_path / "empty"  # with no neighbour that it may be a typo of
+    empty = tmp_path / "empty"  # no neighbour has a similar name
     empty.mkdir()
     text = invoke("inspect", empty, code=1)
     assert f"but {empty} holds no adapter_config.json." in text
 
 
 def test_it_says_what_it_is(tmp_path):
-    """A LoRA's groups are those of the layers, as RaSA's are."""
+    """A LoRA's layers are grouped like RaSA's."""
     model = patched(load(save_base(tmp_path / "base")), 4, 1)
     rasa_ext.save_adapter(model, tmp_path / "adapter")
     rasa_ext.export_lora(model, tmp_path / "lora")
@@ -77,7 +77,7 @@ def test_a_model_by_its_folder_or_by_option(tmp_path):
 
 
 def test_a_pipe_gets_names_and_paths_whole(tmp_path):
-    """Through a real pipe, with the width of a narrow terminal in the environment."""
+    """Output to a real pipe is not cut, even if COLUMNS says that the terminal is narrow."""
     directory = tmp_path / LONG
     model = nn.ModuleDict({LONG: nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])})
     rasa_ext.save_adapter(patched(model, 2, 1), directory)
@@ -103,7 +103,7 @@ def test_numbers_that_are_not_finite_are_told(tmp_path):
 
 @pytest.fixture
 def shapeless() -> AdapterConfig:
-    """A config whose files do not tell the layers' shapes."""
+    """A config whose files do not contain the layers' shapes."""
     return VeraConfig(4)
 
 
@@ -130,6 +130,6 @@ def test_a_warning_is_a_sentence(tmp_path):
     done = subprocess.run(
         run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    (told,) = done.stderr.splitlines()  # and other libraries print nothing
+    (told,) = done.stderr.splitlines()  # other libraries print nothing
     assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only layer")
-    assert "patch_model(" not in told  # the line of the source
+    assert "patch_model(" not in told  # no source line

@@ -1,4 +1,4 @@
-"""Data: which tokens carry a loss, exactly, and what a bad line is told."""
+"""Data: exactly which tokens have a loss, and the errors for bad lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOUR = {"role": "assistant", "content": "4"}
 AGAIN = {"role": "user", "content": "plus 2?"}
 SIX = {"role": "assistant", "content": "the answer\nis 6"}
 
-# CHATML with the assistant's turns marked, as TRL's own templates for training have them.
+# CHATML with marked assistant turns, like TRL's training templates.
 MARKED = CHATML.replace(
     "{{ m['content'] }}<|im_end|>\n",
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
@@ -34,7 +34,7 @@ MARKED = CHATML.replace(
 
 
 def trainer(examples, tokenizer, directory, template=True, **options) -> AdapterTrainer:
-    """As `finetune` makes it."""
+    """Return a trainer like the one of `finetune`."""
     (rows,), marks = data.rows_for_sft([examples], tokenizer, template)
     settings = {"max_length": 256, "bf16": False, "use_cpu": True, "report_to": "none", **options}
     return AdapterTrainer(
@@ -46,7 +46,7 @@ def trainer(examples, tokenizer, directory, template=True, **options) -> Adapter
 
 
 def prepared(*args, **options):
-    """The rows that are trained."""
+    """Return the rows that the trainer uses."""
     return trainer(*args, **options).train_dataset
 
 
@@ -121,7 +121,7 @@ def test_without_a_chat_template_roles_are_spelt_out(tmp_path):
 
 
 def test_data_sets_are_brought_into_one_form():
-    """One setting of the trainer's is for both: an example with several turns decides."""
+    """The trainer has one setting for both sets; an example with several turns decides it."""
     tokenizer = make_tokenizer(MARKED)
     sets = [[pair("x", "y")], [messages(USER, FOUR, AGAIN, SIX)]]
     rows, marks = data.rows_for_sft(sets, tokenizer, True)
@@ -316,7 +316,7 @@ def write_data(path: Path, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
 def test_files_of_other_formats_have_the_same_rows(suffix, tmp_path):
-    """Numbers of a CSV stay the texts that they are."""
+    """Numbers in a CSV stay text."""
     assert read_examples(str(write_data(tmp_path / f"d.{suffix}", QUESTIONS))) == QUESTIONS
 
 

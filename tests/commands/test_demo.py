@@ -1,4 +1,4 @@
-"""The demo's course on a tiny random model: its files, its comparison, and what stops it."""
+"""The demo on a tiny random model: files, comparison, and errors that stop it."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_the_whole_course(tiny_base, tmp_path):
     assert summary["eval_loss"] < summary["eval_loss_before"] - 0.1
     lora = json.loads((out / "lora" / "adapter_config.json").read_text())
     assert lora["r"] == 8 - 1 + 2 * 1
-    # What was trained on is the training split, and what was measured the other.
+    # Training uses the training split, evaluation the test split.
     for name, split, count in (("train", "train", 12), ("test", "test", 5)):
         rows = read_examples(str(out / f"{name}.jsonl"))
         asked = [row["messages"][1]["content"] for row in rows]
         assert asked == [p.question for p in make_problems(count, split=split, seed=0)]
-    # The merged model differs from the base: agreeing on nothing learnt would be no agreement.
+    # The merged model must differ from the base, or the comparison would prove nothing.
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     adapter = rasa_ext.load_adapter(load_model(tiny_base, "float32"), out / "adapter")
@@ -77,7 +77,7 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     assert again.exit_code == 0, again.output
     assert make_problems(1, split="test")[0].question in again.output
 
-    # A LoRA that is not read: what is compared is the base.
+    # The LoRA is not loaded, so the base is compared.
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", lambda model, _: Unread(model))
     bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
     assert bad.exit_code == 1

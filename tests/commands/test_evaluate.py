@@ -1,4 +1,4 @@
-"""The commands evaluate and generate: adapters, merged models and bases, side by side."""
+"""The commands evaluate and generate for adapters, merged models and bases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.tiny_lm import make_tokenizer, save_base, sums, write_jsonl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base, two adapters of it, a LoRA, a merged model, and held-out data."""
+    """A base, two of its adapters, a LoRA, a merged model and held-out data."""
     folder = tmp_path_factory.mktemp("evaluate")
     base = save_base(folder / "base")
     write_jsonl(folder / "train.jsonl", sums(12))
@@ -51,7 +51,7 @@ def test_losses_are_those_of_finetune_whatever_the_form(folder, monkeypatch):
     assert found == {
         "one": pytest.approx(one["eval_loss"], abs=1e-4),
         "lora": pytest.approx(one["eval_loss"], abs=1e-4),
-        "two": pytest.approx(two["eval_loss"], abs=1e-4),  # without a template, as its record says
+        "two": pytest.approx(two["eval_loss"], abs=1e-4),  # its record says no template
         "base": pytest.approx(one["eval_loss_before"], abs=1e-4),
         "merged": pytest.approx(one["eval_loss"], abs=1e-4),
     }

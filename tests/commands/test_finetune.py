@@ -1,4 +1,4 @@
-"""finetune: what it writes, and that a run that is stopped goes on as if it had not been."""
+"""finetune: written files, and stopped runs that resume with identical results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def options_of(base: Path, files: Path, output: Path, **more) -> FinetuneOptions
 
 @pytest.fixture
 def options(base, files, tmp_path) -> FinetuneOptions:
-    # 22 rows in batches of 2, two to a step: the sixth step of an epoch has a single batch.
+    # 22 rows in batches of 2, two per step: the sixth step of an epoch has a single batch.
     return options_of(base, files, tmp_path / "out", max_steps=9, grad_accum=2, dtype="float32")
 
 
@@ -111,13 +111,13 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
     assert sum(tensor.numel() for tensor in stored.values()) == result["trainable"]
     weights = {p.name for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".bin")}
     assert weights == {"adapter_model.safetensors"}
-    # Adam's two moments of what is trained, and nothing of the size of the base.
+    # Adam's two moments of the trained parameters, and nothing of the base's size.
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     moments = sum(t.numel() for s in optimizer["state"].values() for t in s.values() if t.dim())
     assert moments == 2 * result["trainable"]
 
 
-@pytest.mark.parametrize("stop_at", [4, 6])  # within the first epoch, and at its end
+@pytest.mark.parametrize("stop_at", [4, 6])  # within and at the end of the first epoch
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     options, files, tmp_path, monkeypatch, stop_at
 ):
@@ -138,7 +138,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
 
 @pytest.fixture(scope="module")
 def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
-    """A run of 60 steps, as `command_stopped` begins one."""
+    """A run of 60 steps with the options that `command_stopped` uses."""
     options = options_of(base, files, tmp_path_factory.mktemp("uninterrupted"), max_steps=60)
     run(options)
     return options
@@ -147,7 +147,7 @@ def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
 def command_stopped(
     python: Path, options: FinetuneOptions, number: signal.Signals
 ) -> tuple[int, str]:
-    """Run the command, and send it a signal past its second checkpoint: exit code and output."""
+    """Run the command, signal it after its second checkpoint; return exit code and output."""
     config = Path(options.output).with_suffix(".yaml")
     config.write_text(json.dumps(options.to_dict()))  # JSON is YAML
     metrics = Path(options.output) / "metrics.jsonl"
@@ -278,13 +278,13 @@ def content(folder: str) -> dict[str, bytes]:
 
 
 def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, monkeypatch):
-    """Also where the record in the output, which --config reads, was edited in between."""
+    """Resuming with changed options is refused, and the output stays unchanged."""
     run(options, max_steps=3)
     before = content(options.output)
     changes = {
         "lr": 1e-4,
         "warmup": 0.5,
-        "max_steps": 5,  # the rate falls to zero over all steps
+        "max_steps": 5,  # the learning rate depends on the number of steps
         "epochs": 2.0,
         "batch_size": 1,
         "grad_accum": 1,
@@ -336,7 +336,7 @@ def test_gradient_checkpointing_changes_no_loss(options, tmp_path, monkeypatch):
 
 
 def test_other_arguments_of_trl(options):
-    """A schedule of Trainer's own has the warm-up of ``warmup``."""
+    """Trainer's own schedules use ``warmup``, too."""
     text = "max_grad_norm: 0.5, adam_beta1: 0.8"
     more = {"lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.25, "save_steps": 3}
     run(options, training_arguments=text, warmup=0.5, max_steps=4, **more)
@@ -379,9 +379,9 @@ def test_regex_targets(options):
 
 def test_epochs_make_as_many_steps_as_trainer_counts(options):
     result, _ = run(options, max_steps=None, epochs=1.5)
-    # 11 batches in 6 steps to an epoch
+    # an epoch has 11 batches in 6 steps
     assert result["step"] == result["total_steps"] == 9
-    assert [step for step, _ in checkpoints_in(Path(options.output))] == [8, 9]  # one a tenth
+    assert [step for step, _ in checkpoints_in(Path(options.output))] == [8, 9]  # saved per tenth
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options):
@@ -469,7 +469,7 @@ def test_paths_are_checked_before_torch_is_imported(option, path, message, optio
 
 
 def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwarn):
-    """TRL rounds what is trained over such a base to bfloat16; that is undone, to the bit."""
+    """TRL rounds trainable parameters over such a base to bfloat16; finetune restores them."""
     model = quantized(make_model(hidden_size=64, intermediate_size=128), "nf4")
     model.is_loaded_in_4bit = True
     run(options, model, lr=1e-9, dropout=0.0, max_steps=1)
@@ -524,7 +524,7 @@ def test_the_picture_s_axis_fits_the_losses(tmp_path, monkeypatch):
 
 
 def test_advice_is_given_once(options, recwarn):
-    """PEFT's layers have it too, under names that are no options."""
+    """PEFT's layers give equal advice, with names that are not options of the command."""
     run(options, target_modules="layers.0.self_attn.q_proj", max_steps=1)
     (said,) = [str(w.message) for w in recwarn if "close to a LoRA" in str(w.message)]
     assert said.startswith("groups: ")

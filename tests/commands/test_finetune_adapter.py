@@ -1,4 +1,4 @@
-"""finetune: adapters that are trained on, and the options of a new one beyond rank and targets."""
+"""finetune from an existing adapter, and further options of a new adapter."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.helpers.cli import invoke, load, logits, save_lora
 from tests.helpers.finetuning import assert_same_runs, interrupted, losses, run
 from tests.helpers.tiny_lm import save_base, sums, write_jsonl
 
-STILL = 1e-30  # a rate at which nothing moves
+STILL = 1e-30  # a learning rate that changes nothing
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base, data, and what may be trained on: adapters of this package and LoRAs of PEFT."""
+    """A base, data, and adapters to start from: this package's and a LoRA of PEFT."""
     folder = tmp_path_factory.mktemp("start")
     base = save_base(folder / "base", hidden_size=64, intermediate_size=128)
     write_jsonl(folder / "train.jsonl", sums(16))
@@ -87,7 +87,7 @@ def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path, m
     card = (Path(options.output) / "README.md").read_text()
     assert "| init_adapter | `rasa` |" in card
     assert str(folder) not in card
-    assert "| target_modules |" not in card  # of a new adapter, as the option has them
+    assert "| target_modules |" not in card  # only a new adapter has this option
 
 
 @pytest.mark.parametrize(

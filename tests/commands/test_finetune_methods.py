@@ -1,4 +1,4 @@
-"""finetune with every method: what it trains, its callbacks, and options that do not fit it."""
+"""finetune with every method: trained parameters, callbacks and invalid options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, w
 
 
 def more(text: str) -> dict:
-    """Other fields of the method's config, as the option takes them."""
+    """Return the option for other fields of the method's config."""
     return {"method_options": text}
 
 
@@ -36,7 +36,7 @@ CASES = {
     "lora, frozen": (more("train_A: false"), methods.LoraConfig(4, 8.0, train_A=False)),
 }
 KNOWN = dict(CASES)
-"""Those that another package's tests have added, too."""
+"""CASES, and cases that another package's tests add."""
 
 
 @pytest.fixture(params=CASES)
@@ -58,7 +58,7 @@ def resumed(request) -> str:
     ids=lambda param: next(iter(param[1])),
 )
 def another(request) -> tuple:
-    """A case, options of a later run, and what is said of them."""
+    """A case, options of a later run, and the error for them."""
     return request.param
 
 
@@ -82,7 +82,7 @@ def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
 
 
 def test_every_method_of_one_run_is_there():
-    """But for those that want a loop of their own."""
+    """CASES has all methods except those with their own training loop."""
     ours = {n: c for n, c in methods.every_method().items() if c.__module__.startswith("rasa_ext.")}
     trained = {name for name, each in ours.items() if not each.loop}
     assert trained == {name.partition(",")[0] for name in CASES}
@@ -121,7 +121,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
 
 @dataclasses.dataclass(frozen=True)
 class CountedConfig(methods.LoraConfig):
-    """A LoRA that notes what its callback is asked."""
+    """A LoRA that records the calls of its callbacks."""
 
     method = "counted"
 
@@ -147,7 +147,7 @@ noted: list[str] = []
 
 
 def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
-    """They are made before weights are read, follow each step, and end a run that is complete."""
+    """Callbacks are created before weights are read; they see each step and the end of the run."""
     options = {"target_modules": "q_proj", "max_steps": 2}
     KNOWN["counted"] = {}, None
     noted.clear()
@@ -222,23 +222,23 @@ def test_by_the_command(common, tmp_path):
 
 
 def test_numbers_among_method_options():
-    """YAML 1.1 reads 1e-3 as text."""
+    """Such numbers are parsed as numbers, although YAML 1.1 reads 1e-3 as text."""
     found = parse_yaml("method_options", "a: 1e-3, b: 2E5, c: 1.5e-2, d: e-3, e: 3")
     assert found == {"a": 1e-3, "b": 2e5, "c": 1.5e-2, "d": "e-3", "e": 3}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_rows(tied, common, tmp_path):
-    """The loss reaches them through the head as well, whose weight alone the trainer reads."""
+    """Gradients also come through a tied head, of which the trainer reads only the weight."""
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     output = tmp_path / "out"
-    never, often = 7, make_tokenizer().encode("1")[0]  # the first is in no example
+    never, often = 7, make_tokenizer().encode("1")[0]  # the first token is in no example
     indices = more(f"trainable_token_indices: [{never}, {often}]")
     run(options_of(common, "rasa", output, model=str(base), max_steps=2, **indices))
     model = rasa_ext.load_adapter(make_model(tie_word_embeddings=tied), output)
     rows = model.model.embed_tokens.rows
     moved = (rows - model.model.embed_tokens.base_layer.weight[[never, often]]).abs().amax(1)
     assert moved[1] > 1e-4
-    assert (moved[0] > 1e-4) == tied  # as a logit, it is in every step
+    assert (moved[0] > 1e-4) == tied  # tied: its logit is in every step's loss
     with pytest.raises(TypeError, match="trainable_token_indices: expected integers"):
         options_of(common, "rasa", tmp_path / "new", **more("trainable_token_indices: [<tool>]"))

@@ -1,4 +1,4 @@
-"""Loading by name, .gguf files, and the measures of evaluate."""
+"""Loading models by name, .gguf files, and the metrics of evaluate."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_directories_that_hold_no_model(load, tmp_path):
         load(str(tmp_path))
     save_base(tmp_path / "base")
     (tmp_path / "base" / "tokenizer_config.json").unlink()
-    (tmp_path / "base" / "adapter_config.json").write_text(  # as after a save into a base's folder
+    (tmp_path / "base" / "adapter_config.json").write_text(  # like a save into a base's folder
         '{"base_model_name_or_path": "owner/base"}'
     )
     with pytest.raises(ModelError, match=r"adapter's directory; pass .* base \(owner/base\)"):
@@ -130,7 +130,7 @@ def test_greedy_answers_do_not_depend_on_batching():
     alone = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        for _ in range(6):  # greedy decoding, written out
+        for _ in range(6):  # reference: greedy decoding
             with torch.no_grad():
                 token = model(input_ids=ids).logits[0, -1].argmax()
             ids = torch.cat([ids, token.view(1, 1)], dim=1)
@@ -196,7 +196,7 @@ LLAMA3_ROPE = {
     ids=["default", "llama3", "partial"],
 )
 def test_rotary_settings_are_saved_for_older_readers(rope, tmp_path):
-    """Under the names of transformers 4 and mlx-lm; transformers 5 reads the same as without."""
+    """Configs also use names of transformers 4 and mlx-lm; transformers 5 reads equal values."""
     model = make_model(rope_parameters=dict(rope))
     model.save_pretrained(tmp_path / "plain")
     save_model(model, make_tokenizer(), tmp_path / "saved")
@@ -215,7 +215,7 @@ def test_rotary_settings_are_saved_for_older_readers(rope, tmp_path):
 
 
 def test_rotary_settings_of_a_part_and_of_kinds_of_layers(tmp_path):
-    """Gemma 3: two bases, so no one number; and a multimodal model's text."""
+    """Gemma 3 has two rotary bases, so none is saved alone; a multimodal model's text has one."""
     from transformers import Gemma3TextConfig, LlavaConfig
 
     class Model:
@@ -237,7 +237,7 @@ def test_rotary_settings_of_a_part_and_of_kinds_of_layers(tmp_path):
 
 @pytest.fixture
 def online(monkeypatch):
-    """As if nobody had said that this process is offline, with a hub that refuses."""
+    """Undo this process's offline setting and use a hub address that refuses connections."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://localhost:1")
@@ -250,7 +250,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(online):
     for _ in range(2):
         with pytest.raises(ModelError, match="nor a hub model that can be loaded from here"):
             load_model("nobody/nothing")
-    assert constants.HF_HUB_OFFLINE  # so that no client tries again and again
+    assert constants.HF_HUB_OFFLINE  # so that no client keeps retrying
     assert model_loading.go_offline_without_hub.cache_info().misses == 1
 
 

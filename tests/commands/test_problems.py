@@ -1,4 +1,4 @@
-"""The word problems: right answers, the same for the same seed, and no overlap of the splits."""
+"""Word problems: correct answers, equal problems for equal seeds, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_answer_is_what_the_working_says(problem):
     assert len(steps) == len(problem.operations)
     for i, (sum_, result) in enumerate(steps):
         assert re.fullmatch(r"\d+[-+*]\d+", sum_)
-        assert eval(sum_) == int(result)  # digits and one operator, as just checked
+        assert eval(sum_) == int(result)  # only digits and one operator, as checked above
         assert 0 <= int(result) <= LARGEST
         if i:
             assert sum_.startswith(steps[i - 1][1] + problem.operations[i])
