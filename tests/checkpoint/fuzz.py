@@ -387,7 +387,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 
 def _whose(error: BaseException, kind: str) -> str:
-    """Tell whether the package raised the error itself, and if not, which kind it is."""
+    """Return OWN if the package raised the error itself, OTHERS if PEFT did, and RAW otherwise."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     line = linecache.getline(last.filename, last.lineno or 0).strip()

@@ -1,4 +1,4 @@
-"""import_lora: load a LoRA that PEFT saved as a RaSA adapter with the same outputs."""
+"""import_lora: turn a LoRA saved by PEFT into a RaSA adapter with the same outputs."""
 
 from __future__ import annotations
 

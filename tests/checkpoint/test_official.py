@@ -196,7 +196,7 @@ def test_into_a_patched_model(tmp_path):
 
 
 def test_single_experts_over_a_model_that_stacks_them(tmp_path):
-    """transformers 4 had a layer for each expert; the error names the package that reads those."""
+    """transformers 4 had a layer for each expert; the error names a package for such files."""
     layer = "model.layers.0.block_sparse_moe.experts.0.w1"
     adapter = oracle.Adapter(*(torch.zeros(2, 2) for _ in range(4)), torch.zeros(4))
     tensors = oracle.official_tensors({layer: adapter})

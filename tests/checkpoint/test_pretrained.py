@@ -114,7 +114,7 @@ def test_a_copy_writes_its_own_adapter_and_a_model_is_freed(tmp_path):
 
 
 def test_a_state_of_all_that_is_trained_is_whole():
-    """Trainer may load all trained tensors alone; missing or additional tensors are refused."""
+    """Trainer may load a state of only the trained tensors; any other partial state is refused."""
     base = LLAMA.build()
     model = patched(base, modules_to_save=["norm"])
     trained = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}

@@ -139,7 +139,7 @@ def test_what_a_reader_would_drop_is_not_written_unless_asked(case, tmp_path):
         config, tensors = export(tmp_path, model, allow_dropped=True)
     factors = sum(".lora_" in key for key in tensors)
     assert factors == 2 * len(adapters(model))
-    if "lm_head" not in options.get("modules_to_save", ()):  # vLLM refuses those
+    if "lm_head" not in options.get("modules_to_save", ()):  # llama.cpp refuses a trained head
         found = READERS[reader](config, tensors, BASE, 16)
         assert 2 * len(found) < len(tensors)
 

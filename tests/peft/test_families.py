@@ -1,7 +1,7 @@
 """Save and load models in which two parts have layers of the same name.
 
-The parts are an encoder and a decoder, or two towers. Each has its own pool, which the official
-format cannot express, so the files here use our format.
+The parts are an encoder and a decoder, or two towers. Each part has its own pools, which the
+official format cannot express, so the files here use our format.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_peft_writes_what_save_adapter_writes(dtype, tmp_path):
         json.loads((tmp_path / side / "adapter_config.json").read_text())
         for side in ("ours", "peft")
     ]
-    differing = {"target_modules", "base_model_name_or_path"}  # in order; None or ""
+    differing = {"target_modules", "base_model_name_or_path"}  # by order; by None or ""
     common = (configs[0].keys() & configs[1].keys()) - differing
     assert {key: configs[0][key] for key in common} == {key: configs[1][key] for key in common}
     assert configs[0].keys() <= configs[1].keys()

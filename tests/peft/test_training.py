@@ -28,7 +28,7 @@ def rows() -> list[dict]:
 
 
 def train(model, directory, reentrant=None, resume=None, **options):
-    """Train six steps and return the losses; ``reentrant`` None turns off checkpointing."""
+    """Train six steps, with ``reentrant`` checkpointing or none (None); return the losses."""
     settings = {
         **QUIET,
         "max_steps": 6,

@@ -149,7 +149,7 @@ def test_disabling_within_a_merge(form):
 
 
 def test_a_merge_leaves_no_trace_on_the_quantized_layer():
-    """Linear4bit takes its compute dtype from its first input, so a merge must not run one."""
+    """Linear4bit takes its compute dtype from its first input; a merge must not set the dtype."""
     model = patched(quantized(linears(dtype=torch.bfloat16), "nf4"))
     merged(rasa_ext.merge, model, torch.float32)
     rasa_ext.unmerge(model)
