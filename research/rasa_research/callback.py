@@ -38,7 +38,7 @@ def step_callback(
             if not isinstance(found, dict):
                 raise ValueError(
                     "resume_from_checkpoint: expected a checkpoint of a training with one callback "
-                    f"of {type(steps).__name__}, as this has, got one with another number of them."
+                    f"of {type(steps).__name__}, like this training, got one with none or several."
                 )
             steps.load_state_dict(found["attributes"]["saved"])
 

@@ -131,9 +131,9 @@ def _check_no_router(experts: set[str], tensors: Mapping[str, Tensor], where: st
         parent, _, last = name.rpartition(".")
         if last == "gate" and f"{parent}.experts" in experts:
             raise ValueError(
-                f"{where}: the file adapts {name!r}, the router of experts, which is no linear "
-                "layer in transformers 5, so that nothing can take it here; merge this adapter "
-                "where it was trained, or train one that leaves gate out of its target_modules."
+                f"{where}: the file adapts {name!r}, the router of the experts, which is not a "
+                "linear layer in transformers 5 and cannot be adapted; merge this adapter with "
+                "the code that trained it, or train one without gate in target_modules."
             )
 
 

@@ -123,10 +123,10 @@ def _show(found: CompressedAdapter, output: Path) -> None:
     console.print(table)
     ours, loras = found.num_parameters, found.lora_num_parameters
     console.print(
-        "Errors are ||dW - adapter||\u00b2 / ||dW||\u00b2; LoRA's are the least there are. RaSA "
-        f"r={rank} k={k} has {ours:,} parameters, a LoRA of rank {rank} {loras:,} "
-        f"({ours / loras - 1:+.1%}); the equal LoRA "
-        "has as many as RaSA, by a rank more in some layers."
+        "Errors are ||dW - adapter||\u00b2 / ||dW||\u00b2; those of LoRAs are the smallest "
+        f"possible. RaSA r={rank} k={k} has {ours:,} parameters, {ours / loras - 1:+.1%} compared "
+        f"with the {loras:,} of a LoRA of rank {rank}; the equal LoRA has as many as RaSA, with "
+        "one more rank in some layers."
     )
     plot_errors(found.groups, output / PICTURE)
     console.print(f"Adapter in {output}; picture: {output / PICTURE}", markup=False)
@@ -142,14 +142,14 @@ def _errors(error: float, *loras: float) -> list[str]:
 
 def _show_lost(found: CompressedAdapter) -> None:
     if found.plan.modules_to_save:
-        console.print(f"kept in full: {', '.join(found.plan.modules_to_save)}", markup=False)
+        console.print(f"saved in full: {', '.join(found.plan.modules_to_save)}", markup=False)
     if not found.lost:
         return
     from rasa_ext.patching import pattern
 
     console.print(
-        f"Not carried: {found.residual_share:.2%} of the squared change is in parameters that are "
-        "neither adapted nor kept (--modules-to-save):"
+        f"Not in the adapter: {found.residual_share:.2%} of the squared change is in parameters "
+        "that are neither adapted nor saved in full (--modules-to-save):"
     )
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, each in found.lost.items():

@@ -89,7 +89,7 @@ def _show(found: CompressedLoras) -> None:
     kinds: dict[str, list[str]] = {}
     for layer in found.loras.layers:
         kinds.setdefault(pattern(layer), []).append(layer)
-    table = table_of("LoRA, or layers", "error", "apart", "ratio")
+    table = table_of("LoRA or layers", "error", "separate", "ratio")
     apart = found.separate.adapters
     for name, error in found.errors.adapters.items():
         table.add_row(name, *_cells(error, apart[name]))
@@ -102,10 +102,10 @@ def _show(found: CompressedLoras) -> None:
     console.print(table)
     size = found.loras.num_parameters
     console.print(
-        "Errors are ||dW - dW'|| / ||dW||; over several LoRAs, the root of the mean of their "
-        f"squares. The basis and the diagonals have {size:,} numbers, {size / found.given:.1%} of "
-        f"the LoRAs' {found.given:,}; apart are LoRAs with as many in every layer, by singular "
-        "values, which are the least errors that there are."
+        "Errors are ||dW - dW'|| / ||dW||; over several LoRAs, their root mean square. The basis "
+        f"and the diagonals have {size:,} parameters, {size / found.given:.1%} of the LoRAs' "
+        f"{found.given:,}. The column separate has the smallest possible errors of separate LoRAs "
+        "with as many parameters in every layer, from singular values."
     )
 
 

@@ -85,7 +85,7 @@ def ranks(
     table = table_of(f"{plan.points:,} examples of {data}", "dimension", "rank")
     for name, dimension, rank in zip(plan.blocks, plan.dimensions, plan.ranks, strict=False):
         table.add_row(name, f"{dimension:.2f}", str(rank))
-    table.add_row("after the last", f"{plan.dimensions[-1]:.2f}", "")
+    table.add_row("after the last block", f"{plan.dimensions[-1]:.2f}", "")
     console.print(table)
     if output is not None:
         _write(output, options, plan)

@@ -94,7 +94,7 @@ class GatedRasaConfig(RasaConfig):
                 raise ValueError(f"gate_threshold: expected a number >= 0, got {threshold}.")
             if self.experts:
                 raise ValueError(
-                    f"gate_threshold: expected None beside experts={self.experts!r}, whose pools "
+                    f"gate_threshold: expected None with experts={self.experts!r}, whose pools "
                     f"cannot be pruned, got {threshold}."
                 )
         if not 0 < checked_number("gate_rate", self.gate_rate) < math.inf:
@@ -144,8 +144,8 @@ class GatedRasaConfig(RasaConfig):
         """Return the callback that moves gates after each step and, with ``prune``, prunes."""
         if self.gate_threshold is None:
             raise ValueError(
-                f"gate_threshold: expected a number with the method {self.method!r}, whose gates "
-                "nothing closes without, got none; 1e-3 is a start."
+                f"gate_threshold: expected a number with the method {self.method!r}, because "
+                "nothing else closes its gates, got none; try 1e-3."
             )
         return [ProximalGates(model, self.gate_threshold).callback(prune=self.prune)]
 
@@ -280,7 +280,7 @@ class ProximalGates:
         text = "{:,} of {:,} gates are open".format(*self.open_gates())
         if pruned:
             before, after = prune(self._model)
-            text += f"; with the others taken out the effective rank is {after}, from {before}"
+            text += f"; without the others the effective rank is {after}, from {before}"
         return f"{text}."
 
 
@@ -469,7 +469,7 @@ def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
     Raises ValueError if there are no gates, or adapted experts, whose pools cannot be pruned.
     """
     config, layers = adapter_of(model, GatedRasaConfig)
-    _check_no_experts(model, "a step of gates")
+    _check_no_experts(model, "moving or pruning gates")
     found = []
     for layer in layers.values():
         entries = config.gate_entries(*config.ranks_at(layer.spec))
@@ -477,7 +477,7 @@ def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
             found.append((layer.d, entries, config.gate_scale(layer.spec.num_layers)))
     if not found:
         raise ValueError(
-            "model: expected gates, as those of SoraConfig or of GatedRasaConfig with k > 0, but "
+            "model: expected gates, from SoraConfig or from GatedRasaConfig with k > 0, but "
             f"{type(config).__name__} has none{' left' if config.kept else ''}."
         )
     return found

@@ -56,9 +56,9 @@ class ResLoraConfig(AdapterConfig):
         """Check every field and convert it to the canonical form."""
         if self.shortcut in ("is", "ms"):
             raise ValueError(
-                f"shortcut: expected 'bs', got {self.shortcut!r}, which adds what another layer "
-                "reads: no change of this layer's weight does that, so that the adapter could be "
-                "neither merged exactly nor exported, and no program would serve it."
+                f"shortcut: expected 'bs', got {self.shortcut!r}, which adds a term in the input "
+                "of another layer; no change of this layer's weight can do that, so the adapter "
+                "could not be merged exactly, exported or served."
             )
         checked_choice("shortcut", self.shortcut, ("bs",))
         if checked_integer("window", self.window) < 0:

@@ -79,8 +79,7 @@ class SdLoraConfig(AdapterConfig):
         for task, rank in dict(self.rank_schedule).items():
             if not str(task).isdecimal() or int(task) < 2 or rank < 1:
                 raise ValueError(
-                    "rank_schedule: expected tasks from 2 on with ranks from 1 on, got "
-                    f"{{{task!r}: {rank}}}."
+                    f"rank_schedule: expected tasks >= 2 with ranks >= 1, got {{{task!r}: {rank}}}."
                 )
             schedule.append((int(task), rank))
         object.__setattr__(self, "rank_schedule", tuple(sorted(schedule)))

@@ -36,7 +36,7 @@ class SoraConfig(GatedRasaConfig):
     title: ClassVar[str] = "SoRA"
     paper: ClassVar[str] = "2311.11696"
     peft: ClassVar[str] = (
-        "rasa_research.training.ProximalGates drives the gates in steps of training"
+        "rasa_research.training.ProximalGates moves its gates after every optimizer step"
     )
 
     rank: int = option(8, "The initial rank r of every layer.")

@@ -166,14 +166,14 @@ def find_groups(model: nn.Module) -> list[Group]:
         if any(adapter.spec.experts for adapter in layer.adapters()):
             raise ValueError(
                 f"model: expected adapters of linear layers, but {name!r} has adapted experts, "
-                "whose step is not solved for; patch the model with experts=None."
+                "which this optimizer does not support; patch the model with experts=None."
             )
         every = [TrainedLayer(name, layer, index) for index, _ in enumerate(layer.adapters())]
         trained = [each for each in every if _trains(each)]
         if len(trained) > 1:
             raise ValueError(
-                f"model: expected one trained adapter a layer, but {name!r} trains "
-                f"{len(trained)} at once, whose sum is no pair of factors."
+                f"model: expected one trained adapter per layer, but {name!r} trains "
+                f"{len(trained)} at once, and their sum is not one pair of factors."
             )
         for each in trained:
             factors = each.factors()
@@ -186,8 +186,8 @@ def find_groups(model: nn.Module) -> list[Group]:
     if not found:
         raise ValueError(
             "model: expected a model with trained adapters of rasa_ext (from patch_model, "
-            f"load_adapter or rasa_ext.peft), got a {type(model).__name__} without; a LoRA of PEFT "
-            "becomes one by rasa_ext.import_lora."
+            f"load_adapter or rasa_ext.peft), got a {type(model).__name__} without; convert a LoRA "
+            "of PEFT with rasa_ext.import_lora."
         )
     return [Group(tuple(layers), pooled) for (pooled, _), layers in found.items()]
 
@@ -203,8 +203,8 @@ def _trains(layer: TrainedLayer) -> bool:
     trained = [each for each in factors if each is not None and each.requires_grad]
     if not all(each.is_leaf for each in trained):
         raise ValueError(
-            "model: expected adapters whose factors are what is trained, but those of "
-            f"{layer.name!r} are computed from it, by {type(adapter.config).__name__}; train "
-            "it with another optimizer."
+            "model: expected adapters with trained factors, but the factors of "
+            f"{layer.name!r} are computed from trained tensors by "
+            f"{type(adapter.config).__name__}; train it with another optimizer."
         )
     return bool(trained)

@@ -121,8 +121,8 @@ class LoraPro(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError(
-                "closure: expected None, got one; it would compute the gradients anew, after they "
-                "were adjusted."
+                "closure: expected None, got one, which would compute the gradients again after "
+                "they were adjusted."
             )
         options = {id(each): group for group in self.param_groups for each in group["params"]}
         full = self.moments == "full"
@@ -200,14 +200,14 @@ class LoraPro(torch.optim.Optimizer):
         for group in self.param_groups:
             if not {"betas", "eps", "lr"} <= group.keys():
                 raise ValueError(
-                    "inner: expected Adam or AdamW, whose betas and eps moments='full' uses, got "
-                    f"{type(self.inner).__name__}."
+                    "inner: expected Adam or AdamW, because moments='full' uses their betas and "
+                    f"eps, got {type(self.inner).__name__}."
                 )
             for name in ("weight_decay", "amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(
                         f"{name}: expected 0 or False with moments='full', got {group[name]}; the "
-                        "step is a change of the full weights, of which A and B cannot decay."
+                        "step changes the full weights, and A and B cannot represent their decay."
                     )
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class LoraPro(torch.optim.Optimizer):
         if (_KEY in state_dict) != (self.moments == "full"):
             other = "full" if _KEY in state_dict else "factors"
             raise ValueError(
-                f"state_dict: expected one of moments={self.moments!r}, got one of {other!r}."
+                f"state_dict: expected one with moments={self.moments!r}, got one with {other!r}."
             )
         self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != _KEY})
         self._share()

@@ -30,7 +30,7 @@ def pooled_states(
     given = [_checked_batch(batch) for batch in batches]
     sizes = [len(next(_tensors(batch))) for batch in given]
     if not given:
-        raise ValueError("batches: expected some, got none.")
+        raise ValueError("batches: expected at least one, got none.")
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
     taken = torch.zeros(len(order), dtype=torch.bool)
     taken[order[:points]] = True
@@ -78,7 +78,7 @@ class _States:
         counts = {place: len(states) for place, states in self._found.items()}
         if set(counts.values()) != {self._runs}:
             raise ValueError(
-                "blocks: expected each to run once a batch, in this order, but states were met "
+                "blocks: expected each to run once per batch, in this order, but states were found "
                 f"{', '.join(f'{n} times {place}' for place, n in counts.items())}."
             )
 
@@ -116,7 +116,7 @@ def _pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
         )
     real = mask.to(states.device) != 0
     if not real.any(1).all():
-        raise ValueError("attention_mask: expected a token in every sequence, got one of none.")
+        raise ValueError("attention_mask: expected a token in every sequence, got one without.")
     if pooling == "mean":
         kept = states.float().masked_fill(~real[..., None], 0)
         return kept.sum(1) / real.sum(1, keepdim=True)

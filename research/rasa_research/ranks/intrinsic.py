@@ -70,7 +70,9 @@ def twonn(x: Tensor) -> float:
     kept = int(_KEPT * count)
     ratios = _neighbour_ratios(points).log().sort().values[:kept]
     if not ratios.any():
-        raise ValueError("x: expected neighbours at two distances, but each point's are equal.")
+        raise ValueError(
+            "x: expected neighbours at two distances, got equal distances at every point."
+        )
     below = torch.arange(1, kept + 1, dtype=torch.float64, device=x.device) / count
     return float((ratios @ -torch.log1p(-below)) / (ratios @ ratios))
 
@@ -117,8 +119,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             lists[name] = module
     if not lists:
         raise ValueError(
-            "blocks: expected a model with a ModuleList of blocks of one class, found none; give "
-            "the blocks themselves."
+            "blocks: expected a model with a ModuleList of blocks of one class, found none; pass "
+            "the blocks."
         )
     name = max(lists, key=lambda each: len(lists[each]))
     return {f"{name}.{i}": block for i, block in enumerate(lists[name])}
@@ -201,7 +203,8 @@ def block_ranks(dimensions: Sequence[float], k: int = 1) -> list[int]:
         raise ValueError(f"k: expected at least 1, since no rank may be 0, got {k}.")
     if len(dimensions) < 2 or not all(map(math.isfinite, dimensions)):
         raise ValueError(
-            f"dimensions: expected one before every block and one after the last, got {dimensions}."
+            "dimensions: expected finite numbers, one before every block and one after the last, "
+            f"got {dimensions}."
         )
     pairs = itertools.pairwise(dimensions)
     return [math.floor(max(after - before, 0) + 0.5) + k for before, after in pairs]
@@ -292,14 +295,14 @@ def _dimension(place: str, states: Tensor) -> float:
     except ValueError as error:
         reason = str(error).removeprefix("x: ")
         raise ValueError(
-            f"batches: the hidden states {place} have no dimension: {reason} Give more, and other, "
-            "sequences, or another pooling."
+            f"batches: the dimension of the hidden states {place} cannot be estimated: {reason} "
+            "Pass more or other sequences, or another pooling."
         ) from None
     different = len(states.unique(dim=0))
     if 2 * different < len(states):
         warnings.warn(
-            f"only {different} of {len(states)} hidden states {place} differ, and their dimension "
-            "is that of so few points; try another pooling.",
+            f"only {different} of {len(states)} hidden states {place} differ, so their dimension "
+            "comes from few points; try another pooling.",
             stacklevel=3,
         )
     return found
@@ -311,5 +314,5 @@ def _named(model: nn.Module, blocks: Iterable[nn.Module] | None) -> dict[str, nn
     names = {module: name for name, module in model.named_modules()}
     given = list(blocks)
     if not given or any(block not in names for block in given):
-        raise ValueError("blocks: expected modules of the model, got none or one of another.")
+        raise ValueError("blocks: expected modules of the model, got none or another module.")
     return {names[block]: block for block in given}

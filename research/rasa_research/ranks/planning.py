@@ -103,9 +103,10 @@ def _blocks(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
         return find_blocks(model)
     found = dict(model.named_modules()).get(name)
     if not isinstance(found, nn.ModuleList | nn.Sequential):
-        kind = "no module" if found is None else f"a {type(found).__name__}"
+        kind = "not a module" if found is None else f"a {type(found).__name__}"
         raise ValueError(
-            f"blocks: expected a ModuleList's name, such as model.layers, got {name!r}: {kind}."
+            "blocks: expected the name of a ModuleList, such as model.layers, got "
+            f"{name!r}: {kind}."
         )
     return {f"{name}.{i}": block for i, block in enumerate(found)}
 

@@ -195,8 +195,8 @@ def _named(directories: Directories) -> dict[str, Path]:
         directories, Sequence | Mapping
     ):
         raise TypeError(
-            "directories: expected a sequence of LoRAs' directories, or a mapping of names to "
-            f"them, got {type(directories).__name__}."
+            "directories: expected a sequence of directories, or a mapping of names to "
+            f"directories, got {type(directories).__name__}."
         )
     if isinstance(directories, Mapping):
         return check_names((name, Path(path)) for name, path in directories.items())
@@ -216,14 +216,12 @@ def check_names(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, path in pairs:
         if name in ("", ".", "..") or Path(name).name != name:
-            raise ValueError(
-                f"directories: expected a name for {path} that a folder may have, got {name!r}."
-            )
+            raise ValueError(f"directories: expected a valid folder name for {path}, got {name!r}.")
         if name in found:
             raise ValueError(
-                f"directories: expected a name for each LoRA, but {found[name]} and {path} are "
-                f"both {name!r}; name them, by a mapping of names to directories or, for the "
-                "command, as NAME=DIRECTORY."
+                f"directories: expected a different name for each LoRA, but {found[name]} and "
+                f"{path} are both named {name!r}; pass a mapping of names to directories or, to "
+                "the command, NAME=DIRECTORY."
             )
         found[name] = path
     if len(found) < 2:
@@ -240,8 +238,9 @@ def _read(directories: Directories) -> dict[str, Lora]:
         for setting, trained in beside.items():
             if key := next(iter(trained), None):
                 raise ValueError(
-                    f"{path}: expected a LoRA alone, but {setting} has trained {key}, which would "
-                    "have no place in a shared basis; leave this LoRA out, or train it without."
+                    f"{path}: expected only a LoRA, but {setting} has trained {key}, which a "
+                    "shared basis cannot store; leave this LoRA out, or train it without "
+                    f"{setting}."
                 )
         for layer, (B, A) in loras[name].factors.items():
             shape = B.shape[0], A.shape[1]
@@ -261,8 +260,8 @@ def _settings(loras: Mapping[str, Lora]) -> dict[str, object]:
     if len(told) > 1:
         listed = "; ".join(f"{name}: {base}" for base, name in told.items())
         warnings.warn(
-            f"the LoRAs name their base differently ({listed}); the result is of use only if they "
-            "mean one and the same model.",
+            f"the LoRAs name their base differently ({listed}); the result is useful only if "
+            "they all mean the same model.",
             stacklevel=3,
         )
     return lora_settings(configs, list(dict.fromkeys(k for x in loras.values() for k in x.factors)))

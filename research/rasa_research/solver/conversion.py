@@ -53,8 +53,8 @@ def compress_finetuned(
     )
     if not (found.plan.modules_to_save or any(each.norm for each in found.groups.values())):
         raise ValueError(
-            f"finetuned: expected layers that differ from those of {base}, but in {finetuned} none "
-            "of those to adapt does, so that the adapter would be all zeros."
+            f"finetuned: expected layers that differ from those of {base}, but in {finetuned} no "
+            "layer to adapt has changed, so the adapter would be zero."
         )
     told = _card(found, f"the full fine-tuning `{_local_name(finetuned)}`")
     found.save(model, output, card=told)
@@ -88,11 +88,11 @@ def compress_lora(
 def _card(found: CompressedAdapter, source: str) -> Card:
     """Return a model card with the errors of an adapter; ``source`` is a noun for its origin."""
     rank = found.config.rank
-    text = f"The nearest adapter of its size that the solver found to {source}.\n\n"
+    text = f"The adapter of this size closest to {source} that the solver found.\n\n"
     figures = {
         "error": f"{found.error:.4f}",
-        f"the least error of a LoRA of rank {rank}": f"{found.lora_error:.4f}",
-        "the least of a LoRA of as many parameters": f"{found.lora_error_equal:.4f}",
+        f"smallest error of a LoRA of rank {rank}": f"{found.lora_error:.4f}",
+        "smallest error of a LoRA with as many parameters": f"{found.lora_error_equal:.4f}",
     }
     rows = [f"| {name} | {value} |" for name, value in figures.items()]
     table = "\n".join(["| | |", "| --- | --- |", *rows])
@@ -100,7 +100,7 @@ def _card(found: CompressedAdapter, source: str) -> Card:
     if found.lost:
         text += (
             f" {found.residual_share:.2%} of the squared change is in parameters that are neither "
-            "adapted nor kept, and is not carried."
+            "adapted nor saved in full, so it is missing."
         )
     return Card(sections={"Source": text})
 

@@ -184,7 +184,7 @@ def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix],
             raise ValueError(
                 f"deltas[{i}]: expected the shape and device of deltas[0], {first.shape} on "
                 f"{first.left.device}, got {now.shape} on {now.left.device}; decompose each group "
-                "by itself."
+                "separately."
             )
     norm = sum(target.squared_norm() for target in targets) ** 0.5 or 1.0
     for i, target in enumerate(targets):  # one by one, to avoid a second copy of all targets
@@ -209,14 +209,14 @@ def check_delta(name: str, delta: Any) -> tuple[Tensor, ...]:
     )
     if not fits or 0 in (factors[0].shape[0], factors[-1].shape[1]):
         raise ValueError(
-            f"{name}: expected (out, in), or (out, s) and (s, in), without a zero side, "
+            f"{name}: expected (out, in), or (out, s) and (s, in), without a size of zero, "
             f"got {shapes}."
         )
     for tensor in factors:
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}.")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: expected finite numbers, got some that are not.")
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity.")
     return factors
 
 

@@ -96,7 +96,7 @@ class LoraSet:
         (config, tensors), where = read_adapter(directory), str(directory)
         if (kind := config.get("peft_type")) != LORA_SET:
             raise ValueError(
-                f"{where}: expected what compress_many or `rasa-ext compress-many` wrote, "
+                f"{where}: expected the output of compress_many or `rasa-ext compress-many`, with "
                 f"peft_type {LORA_SET!r} in adapter_config.json, got {kind!r}."
             )
         check_finite(tensors, where)
@@ -111,7 +111,7 @@ class LoraSet:
             raise ValueError(
                 f"{where}: expected tensors, and in adapter_config.json a list of names as "
                 f"adapters, an integer r and an object lora, got {names!r}, {rank!r} and {lora!r}; "
-                "take a whole copy of it."
+                "use a complete copy of it."
             )
         layers = dict.fromkeys(key.rpartition(".")[0].removeprefix(PREFIX) for key in tensors)
         expected = {}

@@ -16,7 +16,7 @@ from rasa_research.solver.decompose import Decomposition
 
 def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
     """Plot error / LoRA's minimum by iteration, one panel per group, into a PNG."""
-    figure, panels = panels_for(len(groups), "Error of the adapter, as a share of LoRA's least")
+    figure, panels = panels_for(len(groups), "Error of the adapter, divided by LoRA's minimum")
     for axes, (group, result) in zip(panels, groups.items(), strict=True):
         scale = result.lora_error or 1.0
         ratios = [error / scale for error in result.errors]

@@ -46,7 +46,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 self._files = dict.fromkeys(file.keys(), directory / _SINGLE)
         else:
             raise FileNotFoundError(
-                f"directory: expected {_SINGLE} or {_INDEX} in {directory}, but neither is there."
+                f"directory: expected {_SINGLE} or {_INDEX} in {directory}, found neither."
             )
 
     def __getitem__(self, key: str) -> Tensor:
@@ -138,8 +138,8 @@ class ParameterWeights(Mapping[str, Tensor]):
             if other != keys[0] and not _same(self._stored[keys[0]], self._stored[other]):
                 raise ValueError(
                     f"{self._where}: expected equal weights for {keys[0]} and {other}, which are "
-                    "one in the model, but they differ; is tie_word_embeddings set alike in both "
-                    "models' config.json?"
+                    "one parameter in the model, but they differ; check that both models' "
+                    "config.json have equal tie_word_embeddings."
                 )
 
 
@@ -183,7 +183,7 @@ def pair(
     if before.shape != after.shape:
         raise ValueError(
             f"finetuned: expected {name} of the base's shape {tuple(before.shape)}, got "
-            f"{tuple(after.shape)}; if tokens were added, give the base as many (with "
+            f"{tuple(after.shape)}; if tokens were added, add as many to the base (with "
             "resize_token_embeddings) and save it."
         )
     for which, tensor in (("base", before), ("finetuned", after)):
@@ -219,8 +219,8 @@ def _shards(index: Path) -> Iterable[tuple[str, str]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(
-        f"{index}: expected a weight_map of tensors' names to names of files beside it; it is "
-        "damaged, or made to read other files; take a whole copy of it."
+        f"{index}: expected a weight_map of tensor names to names of files in its folder; the "
+        "index is damaged, or made to read other files; use a complete copy of it."
     )
 
 
@@ -231,6 +231,6 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: damaged or cut, since it does not parse as safetensors ({error}); take a "
-            "whole copy of it."
+            f"{path}: damaged or cut, since it does not parse as safetensors ({error}); use a "
+            "complete copy of it."
         ) from None

@@ -78,7 +78,7 @@ class Boosting:
             raise ValueError(f"steps: expected an integer >= 1, got {steps}.")
         if layers is not None and not 1 <= checked_integer("layers", layers) <= len(names):
             raise ValueError(
-                f"layers: expected 1 to {len(names)}, as many as the model has, got {layers}."
+                f"layers: expected 1 to {len(names)}, the number of adapted layers, got {layers}."
             )
         self.alpha = checked_number("alpha", alpha)
         self._seed = checked_integer("seed", seed)
@@ -133,9 +133,9 @@ class Boosting:
         """
         if state["pushed"] != (pushed := self._pushed()):
             raise ValueError(
-                f"state: expected a model with the {state['pushed']} ranks of the boosters so far, "
-                f"got {pushed}; make it by rasa_ext.load_adapter(base, directory), with the "
-                "adapter that was saved at that step."
+                f"state: expected a model with the {state['pushed']} ranks of former boosters, "
+                f"got {pushed}; load the adapter that was saved at that step with "
+                "rasa_ext.load_adapter(base, directory)."
             )
         self._count, self._seed = state["count"], state["seed"]
         self._drawn = self._draw(self._generator())

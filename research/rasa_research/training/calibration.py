@@ -45,8 +45,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     for name, layer in layers.items():
         if layer.B.any():
             raise ValueError(
-                f"model: expected an untrained adapter, but {name!r} has learned something of the "
-                "features that it reads now."
+                f"model: expected an untrained adapter, but {name!r} is already trained for its "
+                "current features."
             )
     sums: dict[nn.Module, Tensor] = {}
     hooks = [layer.register_forward_pre_hook(_adding_to(sums)) for layer in layers.values()]

@@ -95,11 +95,11 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
     check_unmerged(model)
     layers = dict(owners(model))
     if not isinstance(task, Mapping):
-        raise TypeError(f"task: expected a mapping of layers' names, got {type(task).__name__}.")
+        raise TypeError(f"task: expected a mapping of layer names, got {type(task).__name__}.")
     if differ := sorted(task.keys() ^ layers.keys()):
         raise ValueError(
             f"task: expected a diagonal for each of {len(layers)} adapted layers and no other, but "
-            f"{differ[0]!r} is in one of the two only."
+            f"{differ[0]!r} is only in the task or only in the model."
         )
     for name, layer in layers.items():
         if not isinstance(task[name], Tensor):
@@ -109,7 +109,8 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
         if task[name].shape != layer.d.shape:
             raise ValueError(
                 f"task: expected a diagonal of shape {tuple(layer.d.shape)} for {name!r}, got "
-                f"{tuple(task[name].shape)}; load it over the directions that it was trained with."
+                f"{tuple(task[name].shape)}; load it into a model with the A and B that it was "
+                "trained with."
             )
     for name, layer in layers.items():
         layer.d.copy_(task[name])

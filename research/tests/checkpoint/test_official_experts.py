@@ -253,7 +253,7 @@ def test_a_file_that_adapts_the_router(tmp_path):
     write(tmp_path, router, 1, ["q_proj", "gate", "w1", "w2", "w3"])
     model = copy.deepcopy(base("mixtral"))
     before = Snapshot(model)
-    said = r"adapts 'model\.layers\.0\.block_sparse_moe\.gate', the router .*merge this adapter wh"
+    said = r"adapts 'model\.layers\.0\.block_sparse_moe\.gate', the router .*merge this adapter wi"
     with pytest.raises(ValueError, match=said):
         load_official_experts(model, tmp_path)
     before.assert_unchanged()

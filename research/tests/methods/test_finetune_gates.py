@@ -77,7 +77,7 @@ def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):  # noqa: F8
 
 def test_closed_altogether(common, tmp_path, capsys):  # noqa: F811
     run(options_of(common, "sora", tmp_path, **more("gate_threshold: 100.0, prune: true")))
-    said = "0 of 56 gates are open; with the others taken out the effective rank is 0, from 4."
+    said = "0 of 56 gates are open; without the others the effective rank is 0, from 4."
     assert said in capsys.readouterr().out
     model = rasa_ext.load_adapter(make_model(), tmp_path).eval()
     ids = torch.arange(1, 9).unsqueeze(0)
@@ -90,8 +90,8 @@ def test_closed_altogether(common, tmp_path, capsys):  # noqa: F811
         ("sora", more(""), "gate_threshold: expected a number with the method 'sora'"),
         ("sora", more("prune: true"), "gate_threshold: expected a number with the method 'sora'"),
         ("sora", more("gate_threshold: -1"), "gate_threshold: expected a number >= 0, got -1"),
-        ("gated-rasa", {"k": 0}, "gates, as those of SoraConfig or of GatedRasaConfig with k > 0"),
-        ("gated-rasa", {"experts": "slot"}, "gate_threshold: expected None beside experts='slot'"),
+        ("gated-rasa", {"k": 0}, "gates, from SoraConfig or from GatedRasaConfig with k > 0"),
+        ("gated-rasa", {"experts": "slot"}, "gate_threshold: expected None with experts='slot'"),
         ("lora", SMALL, "gate_threshold: expected none with the method 'lora', got 0.001"),
         ("rasa", SMALL, "gate_threshold: expected none with the method 'rasa', got 0.001"),
         ("sora", more("train_A: no"), "train_A: expected none with the method 'sora', got False"),
@@ -109,4 +109,4 @@ def test_by_the_command(common, tmp_path, capsys):  # noqa: F811
     ]
     gates = ("--method", "sora", "--method-options", "gate_threshold: 0.4, prune: true")
     text = invoke("finetune", *words, *gates, "--output", tmp_path / "sora")
-    assert "gates are open; with the others taken out" in text
+    assert "gates are open; without the others" in text

@@ -304,7 +304,7 @@ def test_a_threshold_of_the_steps():
             lambda m: methods.GatedRasaConfig(k=0, gate_threshold=0.1).callbacks(
                 rasa_ext.patch_model(base(), config=methods.GatedRasaConfig(k=0))
             ),
-            "gates, as those of SoraConfig or of GatedRasaConfig with k > 0",
+            "gates, from SoraConfig or from GatedRasaConfig with k > 0",
         ),
     ],
 )
@@ -382,7 +382,7 @@ def test_only_a_training_to_its_end_is_pruned(pruned, steps, tmp_path, capsys):
     assert ranks == ({0} if pruned and steps == 4 else {4})
     said = "0 of 24 gates are open"
     if pruned:
-        said += "; with the others taken out the effective rank is 0, from 4"
+        said += "; without the others the effective rank is 0, from 4"
     assert (f"{said}.\n" in capsys.readouterr().out) == (steps == 4)
 
 

@@ -398,7 +398,7 @@ def test_what_is_refused():
 
 def test_factors_that_are_computed_are_refused():
     model = patched(LLAMA.build(), config=ResLoraConfig(rank=2))
-    refused(lambda: LoraPro(model, lr=1.0), model, "computed from it", "ResLoraConfig")
+    refused(lambda: LoraPro(model, lr=1.0), model, "computed from trained tensors", "ResLoraConfig")
 
 
 def test_importing_the_package_leaves_it_aside():

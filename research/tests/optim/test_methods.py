@@ -82,7 +82,9 @@ def test_the_step_is_dense_least_squares(name):
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_what_is_refused(name):
-    with pytest.raises(ValueError, match=f"computed from it, by {COMPUTED[name]}.*another opt"):
+    with pytest.raises(
+        ValueError, match=f"computed from trained tensors by {COMPUTED[name]}.*another opt"
+    ):
         LoraPro(case(name), lr=1.0)
 
 

@@ -83,7 +83,7 @@ def test_two_trained_adapters_are_refused():
     model = two().train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    refused(lambda: LoraPro(model, lr=1.0), model, "one trained adapter a layer")
+    refused(lambda: LoraPro(model, lr=1.0), model, "one trained adapter per layer")
 
 
 def test_peft_s_own_lora_is_refused():

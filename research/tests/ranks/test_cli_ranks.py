@@ -51,7 +51,7 @@ def test_the_table_and_the_file(k, pooling, base, data, tmp_path):
     assert (found["model"], found["data"]) == (str(base), str(data))
     rows = re.search(
         r"40 examples of \S+ dimension rank model.layers.0 (\S+) (\d+) model.layers.1 (\S+) (\d+) "
-        r"after the last (\S+)",
+        r"after the last block (\S+)",
         text,
     )
     told = [float(rows[i]) for i in (1, 3, 5)]
@@ -86,7 +86,7 @@ def test_options_reach_what_they_are_for(base, data, tmp_path):
         (["--points", 2], "points: expected at least 3, got 2."),
         (["--k", 0], "k: expected at least 1, got 0."),
         (["--blocks", "model.norm"], "got 'model.norm': a LlamaRMSNorm."),
-        (["--blocks", "h"], "blocks: expected a ModuleList's name, such as model.layers, got 'h'"),
+        (["--blocks", "h"], "expected the name of a ModuleList, such as model.layers, got 'h'"),
         (["--target-modules", "nothing"], "target_modules: expected names of linear layers"),
         (["--pooling", "first"], "expected at least 3 different points, got 1 of 40"),
     ],
@@ -99,5 +99,6 @@ def test_bad_options(options, message, base, data, tmp_path):
 
 def test_bad_data(base, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}] * 5)
-    assert "have no dimension: expected at least 3 different" in invoke("ranks", base, data, code=1)
+    text = invoke("ranks", base, data, code=1)
+    assert "cannot be estimated: expected at least 3 different" in text
     assert "does not exist" in invoke("ranks", base, tmp_path / "none.jsonl", code=1)

@@ -138,8 +138,8 @@ def test_the_formula():
     assert block_ranks(dimensions, k=3) == [5, 3, 3, 4, 3]
     for message, words in (
         ("k: expected at least 1, since no rank may be 0, got 0", (dimensions, 0)),
-        ("dimensions: expected one before every block and one after the last", ([1.0],)),
-        ("dimensions: expected one before", ([1.0, math.inf],)),
+        ("dimensions: expected finite numbers, one before every block and one after", ([1.0],)),
+        ("dimensions: expected finite numbers", ([1.0, math.inf],)),
     ):
         with pytest.raises(ValueError, match=message):
             block_ranks(*words)
@@ -385,19 +385,19 @@ def test_bad_arguments():
         hidden_dimensions(model, [batch["input_ids"]])
     with pytest.raises(ValueError, match="batches: expected tensors among"):
         hidden_dimensions(model, [{"input_ids": [1, 2]}])
-    with pytest.raises(ValueError, match="batches: expected some"):
+    with pytest.raises(ValueError, match="batches: expected at least one"):
         hidden_dimensions(model, [])
     same = {"input_ids": torch.cat([batch["input_ids"][:1]] * 4)}
-    with pytest.raises(ValueError, match=r"before model.layers.0 have no dimension: .* 1 of 4"):
+    with pytest.raises(ValueError, match=r"before model.layers.0 cannot be estimated: .* 1 of 4"):
         hidden_dimensions(model, [same])
     none = torch.ones_like(batch["input_ids"])
     none[2] = 0
     with pytest.raises(ValueError, match="attention_mask: expected a token in every sequence"):
         hidden_dimensions(model, [{**batch, "attention_mask": none}])
-    with pytest.raises(ValueError, match="blocks: expected each to run once a batch, in this"):
+    with pytest.raises(ValueError, match="blocks: expected each to run once per batch, in this"):
         hidden_dimensions(model, [batch], [model.model.layers[1], model.model.layers[0]])
     model.unused = nn.ModuleList([nn.Identity(), nn.Identity()])
-    with pytest.raises(ValueError, match=r"in this order, but states were met 0 times before"):
+    with pytest.raises(ValueError, match=r"in this order, but states were found 0 times before"):
         hidden_dimensions(model, [batch], model.unused)
     with pytest.raises(ValueError, match=r"blocks: expected hidden states .* before model.embed"):
         hidden_dimensions(model, [batch], [model.model.embed_tokens])

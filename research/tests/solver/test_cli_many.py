@@ -48,7 +48,7 @@ def test_the_set_and_back(base, loras, tmp_path):
     text = invoke("compress-many", *loras, "--rank", 9, "-o", tmp_path / "set")
     size = 2 * 9 * (32 + 32 + 32 + 48 + 2 * 3)
     given = 3 * 2 * 9 * (32 + 32 + 32 + 48)
-    assert f"have {size:,} numbers, {size / given:.1%} of the LoRAs' {given:,}" in text
+    assert f"have {size:,} parameters, {size / given:.1%} of the LoRAs' {given:,}" in text
     for row in (*NAMES, r"model\.layers\.\*\.mlp\.down_proj \(2\)", "all"):
         found = re.search(rf"{row} ([\d.]+) ([\d.]+) ([\d.]+)", text)
         error, apart, ratio = map(float, found.groups())
@@ -82,11 +82,11 @@ def test_names_and_parts(loras, tmp_path):
     ("words", "message"),
     [
         (["A", "--rank", "4"], "expected two LoRAs or more, got 1"),
-        (["A", "A", "--rank", "4"], "are both 'maths'; name them"),
+        (["A", "A", "--rank", "4"], "are both named 'maths'; pass"),
         (["A", "B", "--rank", "0"], "rank: expected 1 or more, got 0"),
         (["A", "B", "--rank", "4", "--iterations", "-1"], "iterations: expected 0 or more"),
         (["A", "nowhere", "--rank", "4"], "nowhere/adapter_config.json is missing"),
-        (["A", "a/b=B", "--rank", "4"], "expected a name for B that a folder may have"),
+        (["A", "a/b=B", "--rank", "4"], "expected a valid folder name for B, got 'a/b'"),
     ],
 )
 def test_bad_options(loras, words, message, tmp_path):
@@ -107,7 +107,7 @@ def test_names_of_a_file_lead_nowhere_else(name, loras, tmp_path):
     path.write_text(json.dumps({**settings, "adapters": ["maths", name, "verse"]}))
     for words in ([], ["maths"], [name]):
         text = invoke("expand", tmp_path / "set", *words, "-o", tmp_path / "out", code=1)
-        assert f"{tmp_path / 'set'} that a folder may have, got {name!r}" in text
+        assert f"valid folder name for {tmp_path / 'set'}, got {name!r}" in text
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

@@ -260,7 +260,7 @@ def test_an_index_of_another_form_is_refused(text, tmp_path):
     """An index must be a weight_map of files in its own folder."""
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json: expected a weight_map.*files beside it"):
+    with pytest.raises(ValueError, match=r"index\.json: expected a weight_map.*files in its"):
         solver.SafetensorsFolder(tmp_path)
 
 

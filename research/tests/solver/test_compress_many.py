@@ -354,8 +354,8 @@ def test_what_was_trained_beside_a_lora_is_refused(key, trained, tmp_path):
         ({"rank": 2, "tol": -1}, ValueError, "tol: expected a number, 0 or more, got -1"),
         ({"directories": "lora"}, TypeError, "directories: expected a sequence .* got str"),
         ({"directories": ["a"]}, ValueError, "expected two LoRAs or more, got 1"),
-        ({"directories": ["a", "b/../a"]}, ValueError, "a and b/../a are both 'a'"),
-        ({"directories": {"x/y": "a", "z": "b"}}, ValueError, "a name for a .* got 'x/y'"),
+        ({"directories": ["a", "b/../a"]}, ValueError, "a and b/../a are both named 'a'"),
+        ({"directories": {"x/y": "a", "z": "b"}}, ValueError, "folder name for a, got 'x/y'"),
         ({"directories": ["none", "nowhere"]}, FileNotFoundError, "none"),
     ],
 )

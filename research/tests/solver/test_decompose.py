@@ -396,7 +396,7 @@ GOOD = [torch.ones(3, 4)] * 2
         ({"deltas": []}, ValueError, "deltas: expected at least one"),
         ({"deltas": [torch.ones(3, 4), "x"]}, TypeError, r"deltas\[1\]: expected a tensor or"),
         ({"deltas": [torch.ones(3)]}, ValueError, r"deltas\[0\]: .* got \(3,\)"),
-        ({"deltas": [torch.ones(0, 3)]}, ValueError, r"deltas\[0\]: .* without a zero side"),
+        ({"deltas": [torch.ones(0, 3)]}, ValueError, r"deltas\[0\]: .* without a size of zero"),
         ({"deltas": [(torch.ones(3, 2), torch.ones(3, 4))]}, ValueError, r"\(3, 2\) and \(3, 4\)"),
         ({"deltas": [(torch.ones(3, 2),) * 3]}, TypeError, r"deltas\[0\]: expected a tensor or"),
         ({"deltas": [*GOOD, torch.ones(4, 3)]}, ValueError, r"deltas\[2\]: .* got \(4, 3\)"),
