@@ -30,7 +30,7 @@ class Table:
             if found != self.columns:
                 raise ValueError(
                     f"{self.path}: expected the columns {', '.join(self.columns)}, got "
-                    f"{', '.join(found) or 'none'}; move the file away or adapt it."
+                    f"{', '.join(found) or 'none'}; move the file away or change its columns."
                 )
 
     def rows(self) -> list[dict[str, str]]:

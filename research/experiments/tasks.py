@@ -147,11 +147,11 @@ def _gsm8k(
 def _of_gsm8k(split: str, folder: Path | None) -> list[list[dict[str, str]]]:
     """Read the conversations of a GSM8K file, without the calculator notes between << and >>."""
     if folder is None:
-        raise ValueError("gsm8k: expected the folder of train.jsonl and test.jsonl, got none.")
+        raise ValueError("gsm8k: expected the folder with train.jsonl and test.jsonl, got none.")
     path = folder / f"{split}.jsonl"
     found = path.read_bytes()
     if (mark := hashlib.sha256(found).hexdigest()) != _GSM8K[split]:
-        raise ValueError(f"gsm8k: expected {path} of SHA-256 {_GSM8K[split]}, got {mark}.")
+        raise ValueError(f"gsm8k: expected {path} with SHA-256 {_GSM8K[split]}, got {mark}.")
     return [
         [
             {"role": "system", "content": INSTRUCTION},

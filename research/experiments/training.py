@@ -135,8 +135,8 @@ class Run:
         """Resume from ``state``. Raises ValueError if it belongs to another recipe."""
         if state["recipe"] != dataclasses.asdict(self.recipe):
             raise ValueError(
-                f"state: expected one of {self.recipe}, got one of {state['recipe']}; delete it to "
-                "begin anew, or give the options of the run that wrote it."
+                f"state: expected one with {self.recipe}, got one with {state['recipe']}; delete "
+                "it to start again, or pass the options of the run that wrote it."
             )
         with torch.no_grad():
             for parameter, stored in zip(self._trained, state["trained"], strict=True):

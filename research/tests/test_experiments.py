@@ -104,7 +104,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(rows):
         second.advance()
     assert second.losses == whole.losses
     assert whole.losses[-1] < whole.losses[0] - 0.5
-    with pytest.raises(ValueError, match="expected one of Recipe"):
+    with pytest.raises(ValueError, match="expected one with Recipe"):
         Run(make_model(), rows, PAD, Recipe(7, 4, 1e-2)).load_state_dict(first.state_dict())
 
 
@@ -151,11 +151,12 @@ def test_gsm8k_is_its_own_files_and_rows_fit(tmp_path, monkeypatch):
         marks[split] = hashlib.sha256(text).hexdigest()
     sizes = {"train": 4, "dev": 2, "test": 3, "questions": 2, "seq_len": 200}
     with pytest.raises(
-        ValueError, match=f"gsm8k: expected .*train.jsonl of SHA-256 17f347.*, got {marks['train']}"
+        ValueError,
+        match=f"gsm8k: expected .*train.jsonl with SHA-256 17f347.*, got {marks['train']}",
     ):
         make_task("gsm8k", tokenizer, **sizes, gsm8k=tmp_path)
     with pytest.raises(
-        ValueError, match=r"gsm8k: expected the folder of train.jsonl and test.jsonl"
+        ValueError, match=r"gsm8k: expected the folder with train.jsonl and test.jsonl"
     ):
         make_task("gsm8k", tokenizer, **sizes)
     monkeypatch.setattr(tasks, "_GSM8K", marks)

@@ -49,7 +49,7 @@ def test_a_cut_fine_tune_ends_up_with_the_same_weights(tmp_path, monkeypatch):
         tuned(tmp_path / "cut")
     monkeypatch.setattr(Run, "advance", advance)
     again, said, cut = tuned(tmp_path / "cut")
-    assert said[0] == "going on after step 4"
+    assert said[0] == "resuming after step 4"
     assert not (tmp_path / "cut" / "run.pt").exists()
     assert again["before"] == found["before"]
     assert again["after"] == found["after"]

@@ -257,7 +257,7 @@ def work(bench: Any, table: Table, minutes: float) -> None:
     while (left := pending(bench.config, table.rows())) and time.monotonic() < end:
         if not advance(bench, table):
             time.sleep(5)  # other processes do all known runs; their results may require more runs
-    print(f"{len(left)} runs are known to be left" if left else "done")
+    print(f"{len(left)} known runs are left" if left else "done")
 
 
 def arguments(description: str | None, config: Path, results: Path) -> argparse.ArgumentParser:

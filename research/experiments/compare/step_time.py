@@ -127,7 +127,7 @@ def main() -> None:
     found = measure(runs, given.rounds, reference=given.reference, processor=given.processor)
     print(markdown(found))
     if load > 0.5 and not given.processor:
-        print(f"\nThe machine was not idle (load {load:.2f}): no figure to quote.")
+        print(f"\nThe machine was not idle (load {load:.2f}); do not quote these times.")
     path = file_of(given.results, given.config, "step_time.csv")
     write(path, [{**row, **same} for row in found])
 

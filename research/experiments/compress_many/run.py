@@ -71,7 +71,7 @@ def trained(folder: Path, same_start: bool) -> list[Path]:
             run.advance()
         print(f"{task}: loss {run.losses[0]:.2f} to {run.losses[-1]:.2f}", flush=True)
         if run.diverged:
-            raise ValueError(f"{task}: the loss is no longer a number at {LR:g}.")
+            raise ValueError(f"{task}: the loss is not finite at lr {LR:g}.")
         found.append(folder / task)
         rasa_ext.export_lora(model, found[-1])
     return found

@@ -249,7 +249,7 @@ def main() -> None:
         table.append([row])
         shown = {name: row.get(name) for name in ("dev_loss", "test_loss", "seconds_per_step")}
         print(f"{left[0]}: {shown}, {time.monotonic() - began:.0f} s", flush=True)
-    print(f"{len(left)} runs are known to be left" if left else "done")
+    print(f"{len(left)} known runs are left" if left else "done")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def do(base: Any, tokenizer: Any, key: Key) -> dict[str, Any]:
     while run.going:
         run.advance()
     if run.diverged:
-        raise ValueError(f"{key}: the loss is no longer a number at {LR:g}.")
+        raise ValueError(f"{key}: the loss is not finite at lr {LR:g}.")
     layers = [layer for group in analyzed(model) for layer in group.layers]
     ranks = {
         kind: statistics.mean(e.effective_rank for e in layers if e.name.endswith(kind))

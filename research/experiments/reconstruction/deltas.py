@@ -31,7 +31,7 @@ def deltas_of(base: Any, tuned: Any) -> dict[str, list[Tensor]]:
     for group in make_plan(base, RasaConfig()).groups:
         for name in group.names:
             if name not in after or after[name].weight.shape != before[name].weight.shape:
-                raise ValueError(f"tuned: expected the base's layer {name} in its size, got none.")
+                raise ValueError(f"tuned: expected layer {name} with the base's shape, got none.")
         found[group.names[0].rpartition(".")[2]] = [
             after[name].weight.detach().float() - before[name].weight.detach().float()
             for name in group.names

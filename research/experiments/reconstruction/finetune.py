@@ -55,7 +55,7 @@ def finetune(
         stored = torch.load(state, weights_only=True)
         before = stored.pop("before")
         run.load_state_dict(stored)
-        say(f"going on after step {run.step}")
+        say(f"resuming after step {run.step}")
     else:
         before = scores(model, tokenizer, task, recipe.bfloat16)
         say(f"before: {_shown(before)}")
@@ -69,7 +69,7 @@ def finetune(
             torch.save({**run.state_dict(), "before": before}, beside)
             os.replace(beside, state)
     if run.diverged:
-        raise ValueError(f"lr: the loss is no longer a number at {recipe.lr:g}; take a lower one.")
+        raise ValueError(f"lr: the loss is not finite at {recipe.lr:g}; use a lower one.")
     after = scores(model, tokenizer, task, recipe.bfloat16)
     say(f"after: {_shown(after)}")
     save_model(model, tokenizer, weights / "tuned")
