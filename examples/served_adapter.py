@@ -162,7 +162,9 @@ class ServedAdapter(TrainerCallback):
             ServerError: the server refuses a request or does not answer.
         """
         if self.served is None:
-            raise RuntimeError("callbacks: expected this ServedAdapter there too; nothing is sent.")
+            raise RuntimeError(
+                "callbacks: expected this ServedAdapter, got none; no LoRA was sent to the server."
+            )
         args, tokens = trainer.args, _tokens(prompts, trainer)
         drawn = {
             "max_tokens": args.max_completion_length,
@@ -179,7 +181,7 @@ class ServedAdapter(TrainerCallback):
         if len(choices) != len(tokens) or not all(each.get("token_ids") for each in choices):
             raise ServerError(
                 f"server: expected {self.server} to complete each of {len(tokens)} prompts and to "
-                f"tell its token_ids, as vLLM does, got {len(choices)} choices, the first with "
+                f"return token_ids, as vLLM does, got {len(choices)} choices, the first with "
                 f"{', '.join(choices[0]) if choices else 'nothing'}."
             )
         return {

@@ -236,7 +236,7 @@ def test_a_server_that_tells_no_tokens(server, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "complete", lambda body: {"choices": [{"index": 0, "text": "a"}]})
     args = trl.GRPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     trainer = types.SimpleNamespace(args=args, processing_class=make_tokenizer())
-    with pytest.raises(ServerError, match="tell its token_ids, as vLLM does, got 1 choices"):
+    with pytest.raises(ServerError, match="return token_ids, as vLLM does, got 1 choices"):
         served.rollout(["a"], trainer)
 
 
