@@ -226,7 +226,7 @@ def replay(run: Callable[[], list[torch.Tensor]], same: bool = True) -> Callable
         error = harness.relative_error(found, value)
         if not error <= 2e-2:
             raise RuntimeError(
-                f"a replay is off by {error:.2e} in a result of {tuple(value.shape)}"
+                f"a graph's replay differs by {error:.2e} in a result of {tuple(value.shape)}"
             )
     return graph.replay
 

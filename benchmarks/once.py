@@ -146,7 +146,7 @@ def check(
             error = (mine.cpu().double() - value).norm()
             if not error <= LIMIT[dtype] * value.norm().clamp_min(1e-30):
                 raise SystemExit(
-                    f"{name} of {shape} in {dtype} is off by {error / value.norm():.2e}"
+                    f"{name} of {shape} in {dtype} differs by {error / value.norm():.2e}"
                 )
     return compared
 
@@ -157,7 +157,7 @@ def draw_dropout(x: Tensor) -> None:
     noise = torch.randint(2**62, (words,)).to(x.device)
     mask, again = ops.dropout(noise, x, 0.5), ops.dropout(noise, torch.zeros_like(x), 0.5)
     if not torch.equal(mask, again):
-        raise SystemExit(f"dropout of {tuple(x.shape)} draws other bits from the same noise")
+        raise SystemExit(f"dropout of {tuple(x.shape)} draws different bits from equal noise")
 
 
 def main() -> None:

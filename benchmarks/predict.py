@@ -160,7 +160,7 @@ def step(
         raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
     if card == "cpu":
         if variant.endswith(" graph"):
-            raise ValueError(f"variant: expected one that a CPU has, got {variant!r}.")
+            raise ValueError(f"variant: expected one that runs on a CPU, got {variant!r}.")
         return timed(operations(layer, tokens, rank, variant, dropout, 4), variant, this_cpu(), CPU)
     return timed(operations(layer, tokens, rank, variant, dropout), variant, CARDS[card], GPU)
 

@@ -243,7 +243,7 @@ def main() -> None:
         given.rounds or (2 if given.quick else 6),
     )
     if steps < 2 or rounds < 2:
-        parser.error("--steps and --rounds: expected 2 at least, or there is no spread to show")
+        parser.error("--steps and --rounds: expected at least 2, to show a spread")
     harness.pin_allocator()
     budget, found = records.Budget(given.seconds), []
     for index, dtype in enumerate(given.dtype):

@@ -173,7 +173,7 @@ def markdown(report: dict[str, Any]) -> str:
     head = report["machine"]
     lines = [f"# rasa_ext on {head.get('card') or head.get('host') or head['device']}", ""]
     if report["quick"]:
-        lines += ["Tiny shapes, a test of the report itself: its times say nothing.", ""]
+        lines += ["Tiny shapes, to test the report: the times mean nothing.", ""]
     lines += [f"- {name}: {records.shown(value)}" for name, value in head.items()]
     shown = [
         {
@@ -185,7 +185,7 @@ def markdown(report: dict[str, Any]) -> str:
         }
         for each in report["stages"]
     ]
-    state = "complete" if report["complete"] else "unfinished: stages below are those that ended"
+    state = "complete" if report["complete"] else "unfinished: only these stages ended"
     lines += ["", f"## Stages ({state})", "", records.table(shown)]
     for each in report["stages"]:
         if each.get("rows"):
@@ -303,7 +303,7 @@ def produce(
         write(report, work, out, apart)
         if interrupted:
             break
-    print(f"wrote {(out or work) / 'report.json'} and report.md beside it")
+    print(f"wrote {(out or work) / 'report.json'} and report.md in that folder")
     return int(any(each["status"] in BAD for each in report["stages"]))
 
 

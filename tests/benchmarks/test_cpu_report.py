@@ -30,7 +30,7 @@ def test_it_leaves_json_text_and_a_picture(tmp_path, forked_python):
     assert 0 < low <= middle <= high
     assert {row["variant"] for row in profile["rows"]} == {"frozen", "official", "ours"}
     text = (tmp_path / "cpu-here.md").read_text()
-    assert "its times say nothing" in text
+    assert "the times mean nothing" in text
     assert "(cpu-here.png)" in text
     assert (tmp_path / "cpu-here.png").read_bytes().startswith(b"\x89PNG")
 

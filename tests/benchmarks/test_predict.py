@@ -247,7 +247,10 @@ def test_biases_cost_no_pass():
         ({"variant": "theirs"}, "variant: expected one of frozen, .* got 'theirs'"),
         ({"tokens": 0}, "tokens, rank: expected at least 1, got 0 and 8"),
         ({"rank": 0}, "tokens, rank: expected at least 1, got 512 and 0"),
-        ({"card": "cpu", "variant": "ours fused graph"}, "expected one that a CPU has, got 'ours"),
+        (
+            {"card": "cpu", "variant": "ours fused graph"},
+            "expected one that runs on a CPU, got 'ours",
+        ),
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
     ],
 )
