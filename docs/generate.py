@@ -55,7 +55,7 @@ def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
         names = parameter.opts
     elif default is True:
         default = names[0]
-    text, *notes = re.split(r"\s*\[(default: [^]]*)\]$", parameter.help or "As its name says.")
+    text, *notes = re.split(r"\s*\[(default: [^]]*)\]$", parameter.help or "No description.")
     if parameter.required:
         notes = ["required"]
     elif default not in (None, "") and default is not False:
@@ -196,7 +196,7 @@ def main() -> None:
         if not path.is_file() or comparable(path.read_text()) != comparable(text)
     ]
     if stale:
-        raise SystemExit(f"not current: {', '.join(stale)}; run: python docs/generate.py")
+        raise SystemExit(f"out of date: {', '.join(stale)}; run: python docs/generate.py")
 
 
 if __name__ == "__main__":
