@@ -31,7 +31,7 @@ _CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or "),
     errno.EFBIG: "raise the limit (ulimit -f) or ",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change the permissions or "),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move the file that stands there or "),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move the file that is there or "),
 }
 """What to do about a system error, other than choosing another folder."""
 # Rust libraries have the system's number in their own error's text; torch has none.
@@ -146,7 +146,7 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
     Raises `WriteError`; ``whole`` is a clause on what else is unchanged.
     """
     fresh = not output.exists()
-    left = "nothing was left there" if fresh else "what was there is whole"
+    left = "nothing was left there" if fresh else "the files there are unchanged"
     parent, name = (output.parent, output.name) if fresh else (output, INSIDE)
     temporary = parent / f".{name}.{uuid.uuid4().hex}.part"
     with (

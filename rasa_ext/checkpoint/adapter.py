@@ -226,9 +226,9 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
     """Load the adapter from the files of a whole model that was saved while patched."""
     if not is_patched(model):
         raise ValueError(
-            f"{where}: expected an adapter's directory, got that of a whole model; if it was saved "
-            "after patching, patch the base as it was for training, with "
-            "rasa_ext.patch_model(model, ...), and load the adapter in it then."
+            f"{where}: expected an adapter's directory, got the directory of a whole model; if it "
+            "was saved after patching, patch the base as for training, with "
+            "rasa_ext.patch_model(model, ...), then load the adapter into it."
         )
     state = unwrap(model).state_dict(keep_vars=True).items()
     names = {(t.data_ptr(), t.shape): name for name, t in state if isinstance(t, Tensor)}
@@ -301,8 +301,9 @@ def own_names(
         name = shown(key)
         if ours.setdefault(name, key) != key and name in found:
             raise ValueError(
-                f"{where}: expected a pool for each group of layers, but {name} would be that of "
-                "several, since the model has layers of several shapes or places under its name."
+                f"{where}: expected a pool for each group of layers, but {name} would be the pool "
+                "of several groups, since the model has layers of several shapes or paths under "
+                "this name."
             )
     return {ours.get(key, key): tensor for key, tensor in found.items()}
 
@@ -337,8 +338,8 @@ def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str
     layers = kind.removeprefix(PREFIX).removesuffix(".rasa_A")
     text = f"The adapter has {theirs[kind]} layers {layers}, and the model {ours[kind]}. "
     return (
-        f"{text if kind else ''}Load it into the model that it was trained on: "
-        "base_model_name_or_path in its adapter_config.json."
+        f"{text if kind else ''}Load it into the model that it was trained on, named in "
+        "base_model_name_or_path of its adapter_config.json."
     )
 
 
@@ -362,17 +363,18 @@ def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
         if name not in layers:
             now = next((each for each in layers if each.endswith(name.rpartition(".")[2])), None)
             raise ValueError(
-                f"model: expected the adapted layer {name!r} where patch_model put it, but it is "
-                f"not there (one is {now!r}); wrap the whole model and no part of it, or, for "
-                "FullyShardedDataParallel, use rasa_ext.distributed.shard_model(model, mesh)."
+                f"model: expected the adapted layer {name!r} where patch_model put it, found none "
+                f"there (a similar name is {now!r}); wrap the whole model, not parts of it, or, "
+                "instead of FullyShardedDataParallel, use "
+                "rasa_ext.distributed.shard_model(model, mesh)."
             )
     first = {name: group.names[0] for group in plan.groups for name in group.names}
     for name, layer in layers.items():
         if name not in first or layer.pool is not layers[first[name]].pool:
             raise ValueError(
                 f"model: expected the adapted layers that patch_model made, but {name!r} is a copy "
-                "that was put in or added later, and a file has no place for its adapter; copy "
-                "or add blocks before patching, or write a LoRA with rasa_ext.export_lora."
+                "or was added later, and an adapter file cannot hold its tensors; copy or add "
+                "blocks before patching, or write a LoRA with rasa_ext.export_lora."
             )
 
 
@@ -456,8 +458,8 @@ def _check_indices(
                 made.config.factors(own, pool, made.spec)
             except (IndexError, RuntimeError) as error:
                 raise ValueError(
-                    f"{where}: expected indices within the layer or its pool, but those of "
-                    f"{name!r} are not ({error}). Nothing was changed."
+                    f"{where}: expected indices within the layer or its pool, but {name!r} has "
+                    f"indices outside them ({error}). Nothing was changed."
                 ) from None
 
 

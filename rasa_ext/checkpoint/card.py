@@ -128,7 +128,10 @@ class Base:
         """Return a note on `BASE_FOLDER`, if the card uses it."""
         if self.id or not self.name:
             return ""
-        return f"`{BASE_FOLDER}` stands for the folder of this base; a .gguf was made from one.\n"
+        return (
+            f"`{BASE_FOLDER}` stands for the folder of this base, or of the model that a .gguf was "
+            "converted from.\n"
+        )
 
 
 def hub_id(name_or_path: str) -> str | None:
@@ -153,9 +156,9 @@ def adapter_card(
     if base.name and task == "CAUSAL_LM":
         named = "" if base.id else f" --model {BASE_FOLDER}"
         serve = (
-            "Servers read LoRAs. The first command writes this adapter as one, exactly, and prints "
-            "the command that serves it; the second writes a merged model, which is served as any "
-            f"other.\n\n```bash\nrasa-ext export-lora . --output lora{named}\n"
+            "Servers read LoRAs. The first command exports this adapter as an exact LoRA, and "
+            "prints the command that serves it. The second writes a merged model, which is served "
+            f"like any model.\n\n```bash\nrasa-ext export-lora . --output lora{named}\n"
             f"rasa-ext merge . --output merged{named}\n```"
         )
     return compose(
@@ -192,7 +195,11 @@ def lora_card(
     model, config, task = export.root, export.config, export.task_type
     base = Base.of(settings["base_model_name_or_path"])
     tags = [config.method, "lora", *([] if format == "peft" else [format])]
-    how = "computes the same function" if exact else "is the nearest of its rank to every layer"
+    how = (
+        "computes the same function"
+        if exact
+        else "approximates every layer as well as its rank allows"
+    )
     adapted = [*settings["target_modules"], *settings.get("target_parameters", ())]
     load = serve = ""
     if format == "peft" and layout in (None, "peft"):
@@ -204,7 +211,7 @@ def lora_card(
         text, *commands = serving_help(
             source, Path(), settings["r"], float32=float32, expert_layout=layout, format=format
         ).split("\n  ")
-        serve = f"{base.folder_note()}Commands are for the folder of this card.\n\n{text}\n"
+        serve = f"{base.folder_note()}Run the commands in the folder of this card.\n\n{text}\n"
         serve += "\n```bash\n" + "\n".join(commands) + "\n```" if commands else ""
     return compose(
         head_fields(base, task, card, _LIBRARIES[format], tags),
@@ -212,7 +219,7 @@ def lora_card(
         f"Written by rasa_ext {__version__} from an adapter of method {config.title}. It {how}.",
         {
             **about(base, config),
-            "rank of the LoRA": f"{settings['r']}, of scale 1",
+            "rank of the LoRA": f"{settings['r']}, with scale 1",
             "adapted": ", ".join(f"`{each}`" for each in adapted),
             **_trained(export),
             "experts": f"layout `{layout}`" if layout else "",
@@ -272,7 +279,7 @@ def _load(
     """Return the lines of code that load a directory's adapter, run in that directory."""
     kind = "AutoModelForCausalLM" if task == "CAUSAL_LM" else type(model).__name__
     if not base.name or not type(model).__module__.startswith("transformers."):
-        code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as it was before training'
+        code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as before training'
         return f"```python\n{code}\n```"
     code = f"{imports}\nfrom transformers import {kind}\n\n"
     code += f'model = {kind}.from_pretrained("{base.source}")\n{result}{call}(model, ".")'
@@ -343,7 +350,9 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return ModelCard(text)
     except (YAMLError, ValueError) as error:
-        raise ValueError(f"{where}: expected a head of YAML, but it says: {error}.") from None
+        raise ValueError(
+            f"{where}: expected a YAML header, but reading it failed: {error}."
+        ) from None
 
 
 def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]) -> None:
@@ -361,8 +370,8 @@ def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]
         (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     elif seal not in ("", _split(card)[1]):
         warnings.warn(
-            f"{path}: left as it is, since it was edited after it was written, but what was saved "
-            "now would have another card; edit it again, or delete it before the next save.",
+            f"{path}: left unchanged, since it was edited after it was written, but the card of "
+            "what was saved now differs; edit it again, or delete it before the next save.",
             stacklevel=2,
         )
 

@@ -23,7 +23,7 @@ from rasa_ext.writing import INSIDE, OLD, new_folder
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-_ANOTHER_COPY = "take a whole copy of it, or the checkpoint before it"
+_ANOTHER_COPY = "use a complete copy of it, or an earlier checkpoint"
 DIGEST = "sha256"
 """Metadata entry of a safetensors file that holds the `digest`."""
 
@@ -102,7 +102,7 @@ def located(directory: str | os.PathLike[str]) -> Path:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"directory: expected an adapter's directory, or its id on the Hub, got {name!r}; "
-            f"there is no such directory here, and of the Hub it says: {reason}"
+            f"there is no such directory here, and the Hub lookup failed: {reason}"
         ) from error
 
 
@@ -193,8 +193,8 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
         ) from None
     if names is None and stated is not None and stated != (found := digest(tensors)):
         raise ValueError(
-            f"{path}: expected tensors of the SHA-256 that the file states, {stated}, got {found}; "
-            f"the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
+            f"{path}: expected tensors with the SHA-256 that the file states, {stated}, got "
+            f"{found}; the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
         )
     return tensors
 
@@ -210,7 +210,7 @@ def read_either(directory: Path) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         try:
             if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"its entry {bad} has another checksum")
+                raise ValueError(f"its entry {bad} has a wrong checksum")
             file.seek(0)
             data = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged bytes may raise anything
@@ -231,9 +231,9 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(
-                f"model: expected weights in memory, but {name} is on the meta device, as where a "
-                "base is offloaded; load the base without offload to disk or CPU, such as with "
-                "device_map=None, or on a machine with more memory."
+                f"model: expected weights in memory, but {name} is on the meta device, as when "
+                "the base is offloaded; load the base without offloading to disk or CPU, such as "
+                "with device_map=None, or on a machine with more memory."
             )
 
 

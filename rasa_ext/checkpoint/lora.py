@@ -120,8 +120,8 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         way = f"if PEFT wrote it, {_MERGE}"
         if kind == "RASA":
             way = (
-                "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) and "
-                "the commands merge and export-lora read"
+                "this is a RaSA adapter already: read it with rasa_ext.load_adapter(model, "
+                "directory), or with the commands merge and export-lora"
             )
         raise ValueError(
             f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; {way}."
@@ -152,7 +152,7 @@ def _reasons(config: Mapping[str, Any]) -> Iterator[str]:
     if stacked := [n for n in config.get("target_parameters") or () if n[-7:] != ".weight"]:
         yield f"stacked experts as well ({', '.join(stacked[:3])})"
     if config.get("bias", "none") != "none":
-        yield f"bias {config['bias']!r}, and an adapter has no place for trained biases"
+        yield f"bias {config['bias']!r}, and an adapter cannot hold trained biases"
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVED_BASES):
         yield (

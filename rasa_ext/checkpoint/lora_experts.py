@@ -58,9 +58,9 @@ def _check_shared(experts: Mapping[str, Adapted]) -> None:
         for name, (A, A_pool, _, _, _) in stack.factors.items():
             if A_pool is None or A_pool.dim() == 3 or A.shape[1]:
                 raise ValueError(
-                    "expert_layout: expected experts that read one pool and have no ranks of their "
-                    f"own for the layout {SHARED_OUTER!r}, as experts='shared' with k = rank makes "
-                    f"them, but '{path}.{name}' has others; take {PEFT!r} or {PER_EXPERT!r}."
+                    "expert_layout: expected experts that read one pool and have no private ranks "
+                    f"for the layout {SHARED_OUTER!r}, as experts='shared' with k = rank makes "
+                    f"them, but '{path}.{name}' differs; use {PEFT!r} or {PER_EXPERT!r}."
                 )
 
 

@@ -83,8 +83,9 @@ def written_rank(effective: int, experts: Collection[str], rank: int | None) -> 
         raise ValueError(f"rank: expected at least 1, got {rank}.")
     if experts and rank < effective:
         raise ValueError(
-            "rank: a LoRA of a lower rank is made of adapters of linear layers, but "
-            f"{next(iter(experts))!r} has adapted experts; patch it with experts=None."
+            f"rank: expected at least {effective}, got {rank}: only adapters of linear layers can "
+            f"be written at a lower rank, and {next(iter(experts))!r} has adapted experts; patch "
+            "the model with experts=None."
         )
     return rank
 

@@ -66,12 +66,12 @@ def _check_plain(format: str, export: Export) -> None:
     ]
     if problems:
         raise ValueError(
-            f"format: {format!r} holds low-rank pairs of linear layers alone, but {problems[0]}; "
+            f"format: {format!r} holds only low-rank pairs of linear layers, but {problems[0]}; "
             f"{INSTEAD}, or write {PEFT_FILES!r}."
         )
     if kind not in _FAMILIES:
         raise ValueError(
-            f"format: {format!r} is written for the model types {', '.join(_FAMILIES)}, whose "
+            f"format: {format!r} supports the model types {', '.join(_FAMILIES)}, whose layer "
             f"names in its reader are known, got {kind!r}; {INSTEAD}, or write {PEFT_FILES!r}."
         )
 
@@ -144,8 +144,8 @@ def _names(root: Any, names: list[str]) -> dict[str, str]:
     found = {name: table.get_name(name) for name in names}
     if missing := [name for name in names if found[name] is None]:
         raise ValueError(
-            f"format: expected layers that llama.cpp has a name for, but {missing[0]!r} is none of "
-            f"its {architecture!r}; leave it out of target_modules, or {INSTEAD}."
+            f"format: expected layers that llama.cpp has a name for, but its {architecture!r} has "
+            f"none for {missing[0]!r}; leave the layer out of target_modules, or {INSTEAD}."
         )
     return found
 

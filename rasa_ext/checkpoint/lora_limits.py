@@ -31,7 +31,7 @@ def warn_of_readers(
     dropped = list(_dropped(export))
     if dropped and not allow_dropped:
         raise ValueError(
-            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
+            f"model: expected an adapter that no reader loads in part, but {dropped[0]}; "
             f"{INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
             "readers."
         )
@@ -44,7 +44,7 @@ def _dropped(export: Export) -> Iterator[str]:
     """Yield what a reader drops without an error, so that it serves another function."""
     if norms := [key for key in export.saved if "_layernorm" in key or ".norm" in f".{key}"]:
         names = f"{', '.join(norms[:3])}{', ...' if len(norms) > 3 else ''}"
-        yield f"llama.cpp takes the trained norms of modules_to_save ({names}) and leaves them out"
+        yield f"llama.cpp reads the trained norms of modules_to_save ({names}) but leaves them out"
     for part, other in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
         if alone := _alone(part, other, export):
             yield (
@@ -61,8 +61,8 @@ def _dropped(export: Export) -> Iterator[str]:
     tied = [rows.names for rows in export.tokens if len(rows.names) > 1]
     if tied and not peft_ties(export.root, [names[0] for names in tied]):
         yield (
-            f"PEFT does not give {tied[0][1]} the trained rows of {tied[0][0]}, since the model's "
-            "config does not say that its input embedding is tied"
+            f"PEFT does not use the trained rows of {tied[0][0]} in {tied[0][1]}, since the "
+            "model's config does not state that the input embedding is tied"
         )
 
 
@@ -74,8 +74,8 @@ def _limits(
         yield f"the model has Conv1D layers, whose LoRA vLLM cannot serve; for vLLM, {INSTEAD}."
     if names := ", ".join(export.modules_to_save):
         yield (
-            f"modules_to_save ({names}) are refused by vLLM, and by llama.cpp where they are no "
-            f"norms; for these, {INSTEAD}."
+            f"vLLM refuses modules_to_save ({names}), and llama.cpp refuses all of them but norms; "
+            f"for these readers, {INSTEAD}."
         )
     if alone := _alone("q_proj", "v_proj", export):
         yield (
@@ -84,8 +84,8 @@ def _limits(
         )
     if layout is None and parameters:
         yield (
-            f"PEFT wants {', '.join(parameters[:3])} in target_parameters, and SGLang reads "
-            "target_modules alone; start SGLang with --lora-target-modules all."
+            f"PEFT needs {', '.join(parameters[:3])} in target_parameters, but SGLang reads only "
+            "target_modules; start SGLang with --lora-target-modules all."
         )
     if tied := export.tied_to_embedding():
         yield (
@@ -95,28 +95,28 @@ def _limits(
     if export.fast_path:
         yield (
             "the adapted layers are in an nn.TransformerEncoder, whose fast path in eval mode "
-            "passes them by in PEFT; after loading the LoRA, call "
+            "skips the adapters in PEFT; after loading the LoRA, call "
             f"torch.backends.mha.set_fastpath_enabled(False), or {INSTEAD}."
         )
     if default:
         yield (
-            "the experts are written in PEFT's layout, which vLLM reads where it keeps them in "
-            f"three dimensions (gpt-oss) and misreads elsewhere; pass expert_layout={PER_EXPERT!r} "
+            "the experts are written in PEFT's layout, which vLLM reads if it stores them in three "
+            f"dimensions (gpt-oss) and misreads otherwise; pass expert_layout={PER_EXPERT!r} "
             f"(--expert-layout {PER_EXPERT}) for vLLM, SGLang and llama.cpp, or "
-            f"expert_layout={PEFT!r} to say that this is meant."
+            f"expert_layout={PEFT!r} to confirm PEFT's layout."
         )
     if layout == PER_EXPERT and any(is_stacked(stack.base) for stack in export.experts.values()):
         yield (
-            "the model's own checkpoints stack its experts, gate and up in one matrix; vLLM then "
-            f"reads expert_layout={PEFT!r} (--expert-layout {PEFT}), and llama.cpp no LoRA of "
-            f"them: for that, {INSTEAD}."
+            "the model's own checkpoints stack its experts, with gate and up in one matrix; for "
+            f"such a model vLLM reads expert_layout={PEFT!r} (--expert-layout {PEFT}), and "
+            f"llama.cpp reads no LoRA of the experts; for llama.cpp, {INSTEAD}."
         )
     for path, (base, factors) in export.experts.items():
         if len(factors) < len(expert_weight_names(base)):
             yield (
                 f"{path}.{next(iter(factors))} is adapted without the other weight of its "
-                "experts, and vLLM and llama.cpp refuse such a LoRA; for these, adapt both, or "
-                f"{INSTEAD}."
+                "experts, and vLLM and llama.cpp refuse such a LoRA; for these readers, adapt "
+                f"both, or {INSTEAD}."
             )
             break
 

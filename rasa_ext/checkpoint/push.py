@@ -116,14 +116,14 @@ def _files(folder: Path) -> dict[str, str | bytes]:
         if path.is_symlink():
             raise ValueError(
                 f"source: expected files and folders, but {path} is a link to {os.readlink(path)}, "
-                "and nothing was pushed; remove it, or put a copy in its place."
+                "and nothing was pushed; remove it, or replace it with a copy."
             )
         if path.is_file():
             files[name] = str(path)
     if not files:
         raise FileNotFoundError(
             "source: expected a directory that save_adapter or export_lora wrote, but "
-            f"{folder} {'holds no files to push' if folder.is_dir() else 'is none'}."
+            f"{folder} {'holds no files to push' if folder.is_dir() else 'is not one'}."
         )
     return files
 
@@ -144,9 +144,9 @@ def _rename_base(
     known = base_model or hub_id(str(before or ""))
     if before and known is None:
         raise ValueError(
-            "base_model: expected the id that the base has on the Hub, since "
-            f"adapter_config.json names a path of this machine, {before!r}; pass "
-            "base_model='owner/name' (--model), which is pushed in its place."
+            "base_model: expected the id of the base on the Hub, since adapter_config.json names a "
+            f"path of this machine, {before!r}; pass base_model='owner/name' (--model), which "
+            "replaces the path in the pushed files."
         )
     if field is None or known == before:
         return None, None

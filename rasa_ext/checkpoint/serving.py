@@ -38,14 +38,14 @@ def serving_help(
     if format == "mlx":
         model = BASE_FOLDER if of_gguf else base
         return _with(
-            "mlx-lm, which reads rope_theta: if the base's config.json has rope_parameters only, "
-            "write it there as well",
+            "mlx-lm, which reads rope_theta; if the base's config.json has only rope_parameters, "
+            "add rope_theta there",
             ["mlx_lm.server", "--model", model, "--adapter-path", str(lora)],
         )
     if expert_layout == "peft":
         return (
-            "PEFT loads it, and vLLM where it keeps a model's experts in three dimensions, as of "
-            "gpt-oss. For other models of vLLM, for SGLang and for llama.cpp export with "
+            "PEFT loads it, and so does vLLM if it stores the model's experts in three dimensions, "
+            "such as gpt-oss's. For vLLM with other models, SGLang and llama.cpp, export with "
             "--expert-layout per-expert."
         )
     if expert_layout == "shared-outer":
@@ -82,4 +82,4 @@ def _with_llama_cpp(base: str, lora: Path, *, float32: bool) -> str:
     # By default, the converter chooses float16.
     dtype = ["--outtype", "f32"] if float32 else []
     convert = ["python", "convert_hf_to_gguf.py", *remote, base, "--outfile", gguf, *dtype]
-    return _with("llama.cpp, whose source has the converter of the base", convert, serve)
+    return _with("llama.cpp, whose source has the script that converts the base", convert, serve)

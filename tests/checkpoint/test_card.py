@@ -206,7 +206,7 @@ def test_an_export_says_how_it_is_served(form, library, command, tmp_path):
     assert refused(text) is None
     assert head(text).get("library_name") == library
     assert (head(text)["base_model"], head(text)["datasets"]) == (ID, ["o/d"])
-    assert rows(text)["rank of the LoRA"] == "5, of scale 1"
+    assert rows(text)["rank of the LoRA"] == "5, with scale 1"
     assert "computes the same function" in text
     assert "\n## Data\n\nSums.\n" in text
     assert command in code(text, "bash")
@@ -216,8 +216,8 @@ def test_an_export_says_how_it_is_served(form, library, command, tmp_path):
 def test_an_export_of_a_lower_rank_says_so(tmp_path):
     rasa_ext.export_lora(model(), tmp_path, rank=2)
     text = card(tmp_path)
-    assert rows(text)["rank of the LoRA"] == "2, of scale 1"
-    assert "the nearest of its rank" in text
+    assert rows(text)["rank of the LoRA"] == "2, with scale 1"
+    assert "approximates every layer as well as its rank allows" in text
     assert "same function" not in text
 
 
@@ -256,7 +256,7 @@ def test_an_edited_card_stays_and_a_warning_says_when_it_is_out_of_date(edit, fo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write(form, model(), tmp_path)
-    with pytest.warns(UserWarning, match=r"README\.md: left as it is, since it was edited"):
+    with pytest.warns(UserWarning, match=r"README\.md: left unchanged, since it was edited"):
         write(form, model("owner/Other"), tmp_path)
     assert card(tmp_path) == mine
     assert "owner/Other" in (tmp_path / "adapter_config.json").read_text()
@@ -300,5 +300,5 @@ def test_what_was_told_is_read_again(tmp_path):
     assert rasa_ext.Card.read(tmp_path) == rasa_ext.Card()
     assert rasa_ext.Card.read(tmp_path / "nowhere") == rasa_ext.Card()
     (tmp_path / "README.md").write_text(text.replace("tags:", "tags: ["))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/README\.md: expected a head of YAML"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/README\.md: expected a YAML header"):
         rasa_ext.Card.read(tmp_path)

@@ -234,7 +234,7 @@ def test_a_rotten_file_is_refused_by_name(reader, tmp_path):
         rotten = bytearray(whole)
         rotten[at] ^= 1
         (tmp_path / WEIGHTS).write_bytes(rotten)
-        with pytest.raises(ValueError, match=rf"{WEIGHTS}: expected tensors of the SHA-256"):
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: expected tensors with the SHA-256"):
             read(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(whole)
     read(tmp_path)

@@ -218,5 +218,5 @@ def test_a_pool_that_two_groups_would_share(tmp_path):
     found = {"layers.0.proj": adapters(patched(model, RANK, 1))["layers.0.proj"]}
     tensors = oracle.official_tensors(found)
     oracle.write_official(tmp_path, tensors, rank=RANK, k=1, alpha=8, target_modules=["proj"])
-    said = "rasa_shared_A.proj.weight would be that of several"
+    said = "rasa_shared_A.proj.weight would be the pool of several groups"
     refused(lambda: rasa_ext.load_official(model, tmp_path), model, said)

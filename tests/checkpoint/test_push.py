@@ -136,7 +136,7 @@ def test_a_card_whose_head_is_no_yaml_is_not_pushed(hub, tmp_path):
     rasa_ext.save_adapter(model(LOCAL), tmp_path)
     path = tmp_path / "README.md"
     path.write_text(path.read_text().replace("tags:", "tags: ["))
-    with pytest.raises(ValueError, match=r"README\.md: expected a head of YAML"):
+    with pytest.raises(ValueError, match=r"README\.md: expected a YAML header"):
         rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
     assert hub.created == []
 
@@ -169,7 +169,7 @@ def test_a_link_is_not_followed(target, hub, tmp_path):
 
 
 def test_nothing_to_push(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"source: .*nowhere is none"):
+    with pytest.raises(FileNotFoundError, match=r"source: .*nowhere is not one"):
         rasa_ext.push_to_hub(tmp_path / "nowhere", "me/sums")
     with pytest.raises(FileNotFoundError, match="holds no files to push"):
         rasa_ext.push_to_hub(tmp_path, "me/sums")

@@ -74,7 +74,7 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
         (
             lambda: patched(BASE, modules_to_save=["lm_head"]),
             ["vllm", "llama.cpp", "sglang"],
-            rf"modules_to_save \(lm_head\) .*{NO_SERVER}",
+            rf"modules_to_save \(lm_head\), .*{NO_SERVER}",
         ),
         (
             lambda: patched(BASE, target_modules=["q_proj", "o_proj"]),
@@ -102,12 +102,12 @@ DROPPED = {
     "final norm": (
         "llama.cpp",
         {"modules_to_save": ["norm"]},
-        r"llama\.cpp takes the trained norms of modules_to_save \(model\.norm\.weight\)",
+        r"llama\.cpp reads the trained norms of modules_to_save \(model\.norm\.weight\)",
     ),
     "norms of layers": (
         "llama.cpp",
         {"modules_to_save": ["input_layernorm", "lm_head"]},
-        r"\(model\.layers\.0\.input_layernorm\.weight, .*\) and leaves them out",
+        r"\(model\.layers\.0\.input_layernorm\.weight, .*\) but leaves them out",
     ),
     "k, v without q": (
         "sglang",

@@ -123,7 +123,7 @@ def test_an_export_is_refused_unless_asked_for(tmp_path):
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 def test_formats_of_pairs_alone(form, tmp_path):
-    message = f"format: '{form}' holds low-rank pairs .*alone, but trainable_token_indices"
+    message = f"format: '{form}' holds only low-rank pairs .*, but trainable_token_indices"
     with pytest.raises(ValueError, match=message):
         rasa_ext.export_lora(moved(LLAMA), tmp_path, format=form)
 
@@ -132,7 +132,7 @@ def test_what_peft_would_not_compute(tmp_path):
     """PEFT ties weights only by the model's config, and its token wrappers drop a head's bias."""
     with (
         pytest.warns(UserWarning, match="SGLang"),
-        pytest.warns(UserWarning, match="PEFT does not give readout the trained rows of embed"),
+        pytest.warns(UserWarning, match="PEFT does not use the trained rows of embed in readout"),
     ):
         rasa_ext.export_lora(moved(TIED), tmp_path, allow_dropped=True)
     model = moved(BERT, {"classifier": [1]})

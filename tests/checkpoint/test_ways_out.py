@@ -68,7 +68,7 @@ def test_a_cut_file(name, share, tmp_path):
         lambda: rasa_ext.load_adapter(model, tmp_path),
         model,
         f"{name}: damaged or cut",
-        "take a whole copy of it, or the checkpoint before it",
+        "use a complete copy of it, or an earlier checkpoint",
     )
 
 
@@ -125,7 +125,7 @@ def test_another_number_of_layers(theirs, ours, tmp_path):
         lambda: rasa_ext.load_adapter(model, tmp_path),
         model,
         rf"The adapter has {theirs} layers \*, and the model {ours}\.",
-        "Load it into the model that it was trained on: base_model_name_or_path",
+        "Load it into the model that it was trained on, named in base_model_name_or_path",
     )
 
 
@@ -262,7 +262,7 @@ def test_a_whole_model_that_was_saved_after_patching(shards, k, options, tmp_pat
     for i in range(shards):
         save_file(dict(tensors[i::shards]), tmp_path / f"model-{i}.safetensors")
     base = LLAMA.build()
-    said = "got that of a whole model.*patch_model"
+    said = "got the directory of a whole model.*patch_model"
     refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
     other = patched(LLAMA.build(), 4, k, seed=2, **options)
     assert same_adapters(model, rasa_ext.load_adapter(other, tmp_path))

@@ -145,7 +145,7 @@ def test_weights_of_an_earlier_model_go_and_the_rest_stays(old):
 
 
 def test_a_failure_leaves_what_was_there(old):
-    with pytest.raises(WriteError, match="the base is whole, and what was there is whole"):
+    with pytest.raises(WriteError, match="the base is whole, and the files there are unchanged"):
         write(old, {"config.json": "new"}, OSError(errno.ENOSPC, "No space"))
     assert tree(old) == OLD
 

@@ -113,7 +113,7 @@ def test_export_lora_for_mlx_tells_of_a_base_that_mlx_misreads(base, tuned, tmp_
     out = tmp_path / "lora"
     text = invoke("export-lora", tuned, "--output", out, "--format", "mlx")
     assert f"mlx_lm.server --model {base} --adapter-path {out}" in text
-    assert "has rope_parameters only" in text
+    assert "has only rope_parameters" in text
 
 
 def test_export_lora_at_a_lower_rank_prints_the_errors(base, tuned, tmp_path):
@@ -131,10 +131,10 @@ def test_export_lora_refuses_what_a_reader_would_drop(base, tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "adapter")
     words = ["export-lora", tmp_path / "adapter", "--output", tmp_path / "lora"]
     text = invoke(*words, code=1)
-    assert "Error: model: expected an adapter that no reader takes in part" in text
+    assert "Error: model: expected an adapter that no reader loads in part" in text
     assert "--allow-dropped" in text
     assert not (tmp_path / "lora").exists()
-    with pytest.warns(UserWarning, match="llama.cpp takes the trained norms"):
+    with pytest.warns(UserWarning, match="llama.cpp reads the trained norms"):
         assert "LoRA of rank 5" in invoke(*words, "--allow-dropped")
 
 

@@ -73,7 +73,7 @@ def test_an_output_that_holds_files(command, places, tmp_path):
     before = content(output)
     with file_limit(4000):
         text = run(command, places, output, "--overwrite", code=1)
-    assert "whole" in text
+    assert "the files there are unchanged" in text
     assert content(output) == before
 
 
