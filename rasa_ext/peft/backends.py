@@ -25,6 +25,6 @@ def backend_of(base: nn.Module, model: nn.Module) -> Any:
 
 def _unknown() -> Any:
     raise NotImplementedError(
-        "torchao: how the model was quantized is known only where transformers did it, from a "
-        "TorchAoConfig; load the model so to quantize a changed weight again."
+        "torchao: a changed weight can be quantized again only if transformers quantized the "
+        "model, from a TorchAoConfig; load the model that way."
     )

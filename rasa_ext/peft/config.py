@@ -63,40 +63,40 @@ class RasaConfig(PeftConfig):
     rasa_alpha: float | None = _shared("alpha", "None is the method's default, 8 under rasa.")
     rasa_dropout: float = _shared("dropout", default=0.0)
     target_modules: list[str] | set[str] | str | None = _shared(
-        "target_modules", "None is the same as 'all-linear'.", ALL_LINEAR
+        "target_modules", "None means 'all-linear'.", ALL_LINEAR
     )
     exclude_modules: list[str] | set[str] | str | None = _shared("exclude_modules")
     layers_to_transform: list[int] | int | None = _option(
-        None, "Indices of the layers to adapt; the others stay out of the pool, too."
+        None, "Indices of the layers to adapt; other layers do not share the pool either."
     )
     layers_pattern: list[str] | str | None = _option(
-        None, "Names before a layer's index, with layers_to_transform only."
+        None, "Names before a layer's index in module names; needs layers_to_transform."
     )
     modules_to_save: list[str] | None = _shared("modules_to_save")
     trainable_token_indices: Any = _shared("trainable_token_indices")
     rasa_groups: Any = _shared("groups")
     rasa_method: str = _option(
         "rasa",
-        "The method: rasa, lora, or another one of rasa_ext.methods that an optimizer alone "
-        "trains, also one that your code or an installed package defines.",
+        "The method: rasa, lora, or another method of rasa_ext.methods that needs only an "
+        "optimizer to train, including methods that your code or an installed package defines.",
     )
     rasa_options: dict[str, Any] | None = _option(
         None,
-        "Fields of the method's config in rasa_ext.methods that have none here, by name, such as "
-        '{"rslora": True} under lora. Files have them as rasa_rslora.',
+        "Fields of the method's config in rasa_ext.methods that are missing here, by name, such as "
+        '{"rslora": True} under lora. Files prefix the names, as in rasa_rslora.',
     )
     rank_pattern: dict[str, int] | None = _shared("rank_pattern")
-    rasa_experts: str | None = _shared("experts", "Under lora 'own' gives each a pair of its own.")
-    bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
+    rasa_experts: str | None = _shared("experts", "Under lora, 'own' trains one pair per expert.")
+    bias: str = _option("none", "Only 'none' is supported: adapter files cannot hold biases.")
     fan_in_fan_out: bool = _option(
         False,
-        "Whether weights are (in, out), as those of Conv1D. Read off the layers; what is given is "
-        "replaced by what was found.",
+        "Whether weights are (in, out), as in Conv1D. It is determined from the layers, which "
+        "overrides a given value.",
     )
     init_weights: bool = _option(
         True,
-        "Whether B starts at zero, so that the model computes what its base does. False draws it: "
-        "for tests.",
+        "Whether B starts at zero, so that the untrained model equals its base. False draws random "
+        "values, for tests.",
     )
     adapter_dtype: str = _shared("adapter_dtype", default="float32")
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
@@ -121,20 +121,20 @@ class RasaConfig(PeftConfig):
             )
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
-                "layers_to_transform: works with target_modules as a list of name suffixes, got "
-                f"{self.target_modules!r}; a regular expression can name the layers itself."
+                "layers_to_transform: expected target_modules as a list of name suffixes, got "
+                f"{self.target_modules!r}; a regular expression can select layers itself."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern: {self.layers_pattern!r} says nothing without "
-                "layers_to_transform; give both or none."
+                f"layers_pattern: {self.layers_pattern!r} has no effect without "
+                "layers_to_transform; pass both or neither."
             )
         pattern = self.layers_pattern or ()
         for name in (*core.modules_to_save, *([pattern] if isinstance(pattern, str) else pattern)):
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ValueError(
                     f"modules_to_save, layers_pattern: expected names of modules, got {name!r}, "
-                    "which PEFT would take for a regular expression."
+                    "which PEFT would treat as a regular expression."
                 )
         for name in ("r", "rasa_k", "rasa_alpha"):
             setattr(self, name, getattr(core, _CORE_NAMES[name], None))

@@ -192,7 +192,7 @@ class RasaModel(BaseTuner):
                 inside += (f"{name}.",)
             stacked = isinstance(module, RasaPeftExpertWeight)
             if name in reasons or not (stacked or name in linears):
-                why = reasons.get(name, f"it is a {type(module).__name__}, no linear layer")
+                why = reasons.get(name, f"it is a {type(module).__name__}, not a linear layer")
                 raise ValueError(f"target_modules: cannot adapt {name!r}: {why}; {INSTEAD}.")
             if stacked:
                 if name in stacks:

@@ -37,7 +37,7 @@ class RowAdapters:
         raise ValueError(
             f"adapter_names: expected one name for each row of a layer's input, got "
             f"{len(self.names)} names for {rows} rows; a layer that sees tokens of several rows as "
-            "one batch, as those of experts do, cannot tell them apart."
+            "one batch, such as a layer of an expert, cannot tell the rows apart."
         )
 
 

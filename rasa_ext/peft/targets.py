@@ -20,7 +20,7 @@ from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 
-HOW = "rasa_experts='shared', or 'slot' or 'layer' (the method lora: 'own')"
+HOW = "rasa_experts='shared', or 'slot' or 'layer' ('own' for the method lora)"
 
 
 def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, ExpertWeight]]:
@@ -87,7 +87,7 @@ def untouched(stacks: Mapping[str, ExpertWeight]) -> str:
     shown = ", ".join(f"{name} {expert_shape(*stack)}" for name, stack in list(stacks.items())[:3])
     return (
         f"rasa_experts: {len(stacks)} stacked (3-D) weights stay untouched, among them {shown}. "
-        f"They are adapted with {HOW}."
+        f"To adapt them, pass {HOW}."
     )
 
 
@@ -110,14 +110,14 @@ def chosen_stacks(
     if config.rasa_experts is None:
         if named and not any(map(is_target, linears)):
             raise ValueError(
-                f"target_modules: {targets!r} names stacked expert weights alone, such as "
-                f"{next(iter(named))!r}, which are adapted with {HOW}."
+                f"target_modules: {targets!r} names only stacked expert weights, such as "
+                f"{next(iter(named))!r}; to adapt them, pass {HOW}."
             )
         return {}
     if not stacks:
         raise ValueError(
-            "rasa_experts: expected a model with stacked experts that say how they lie, as those "
-            "of transformers 5 do, found none; leave out rasa_experts."
+            "rasa_experts: expected a model with stacked experts in a layout that transformers 5 "
+            "marks, found none; leave out rasa_experts."
         )
     if not named:
         raise ValueError(

@@ -14,7 +14,7 @@ from rasa_ext.checkpoint.lora_limits import peft_ties
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, tables_of
 
-_INSTEAD = "rasa_ext.patch_model trains such rows"
+_INSTEAD = "train such rows with rasa_ext.patch_model"
 
 
 def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
@@ -48,13 +48,13 @@ def _check(model: nn.Module, rows: TokenRows) -> None:
             )
         if twice := [n for n, each in tables.items() if each is tables[name] and n != name]:
             raise ValueError(
-                f"{ARGUMENT}: expected modules of one name, of which PEFT wraps one alone, but "
-                f"{name!r} is {twice[0]!r}, too; {_INSTEAD}."
+                f"{ARGUMENT}: expected modules with one name each, since PEFT wraps a module under "
+                f"one name only, but {name!r} is also {twice[0]!r}; {_INSTEAD}."
             )
     if len(rows.names) > 1 and not peft_ties(model, [owner]):
         raise ValueError(
             f"{ARGUMENT}: {rows.names[1]!r} shares the weight of {owner!r}, which PEFT does not "
-            f"see, as the model's config does not say so; {_INSTEAD}."
+            f"know, since the model's config does not state it; {_INSTEAD}."
         )
 
 

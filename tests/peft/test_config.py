@@ -49,8 +49,8 @@ def test_defaults():
         ({"rank": 8}, TypeError, "unexpected keyword argument 'rank'; did you mean r"),
         ({"lora_alpha": 8}, TypeError, "argument 'lora_alpha'; did you mean rasa_alpha"),
         ({"bias": "all"}, ValueError, "^bias: expected 'none', got 'all'"),
-        ({"layers_to_transform": [0]}, ValueError, "^layers_to_transform: works with"),
-        ({"layers_pattern": "h"}, ValueError, "^layers_pattern: 'h' says nothing without"),
+        ({"layers_to_transform": [0]}, ValueError, "^layers_to_transform: expected target_modules"),
+        ({"layers_pattern": "h"}, ValueError, "^layers_pattern: 'h' has no effect without"),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(options, error, message):

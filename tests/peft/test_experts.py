@@ -160,7 +160,7 @@ def test_no_warning_where_experts_are_not_meant(tmp_path):
     [
         ({"target_modules": ["q_proj"]}, r"^rasa_experts: .*names none; add them"),
         ({"target_modules": ["q_proj", "experts"]}, r"^rasa_experts: .*names none; add them"),
-        ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*alone"),
+        ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*only"),
         ({"rasa_groups": ["gate_down_proj"]}, "^rasa_groups: .*none ends in 'gate_down_proj'"),
         ({"target_modules": ["gate_up_proj", "embed_tokens"]}, "embed_tokens.* is a Embedding"),
     ],
@@ -231,7 +231,7 @@ def test_a_second_adapter_that_leaves_experts_alone():
     close(model(TOKENS).logits, dense(model, "second"))
     snapshot = Snapshot(model)
     third = RasaConfig(r=2, target_modules=["experts.down_proj"])
-    with pytest.raises(ValueError, match=r"^target_modules: .*stacked expert weights alone"):
+    with pytest.raises(ValueError, match=r"^target_modules: .*names only stacked expert weights"):
         model.add_adapter("third", third)
     assert list(model.peft_config) == ["default", "second"]
     snapshot.assert_unchanged()
