@@ -155,7 +155,7 @@ def analyze_adapter(
     except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"model: expected the base that {directory} was trained on, and all of the adapter's "
-            f"tensors, but they do not fit each other ({error})."
+            f"tensors, but they do not fit together ({error})."
         ) from error
 
 
@@ -167,12 +167,12 @@ def _shapes(
     names = [name for name in sorted(names, key=_in_model_order) if f"{name}B" in tensors]
     if not names and method == OFFICIAL:
         raise ValueError(
-            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no layer's "
-            "rasa_A and rasa_B in its weights; import other formats first."
+            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no rasa_A "
+            "and rasa_B of any layer in its weights; import other formats first."
         )
     if not names:
         raise ShapesUnknown(
-            f"{directory}: the files of the method {method!r} do not tell the shapes of all "
+            f"{directory}: the files of the method {method!r} do not contain the shapes of all "
             "layers; pass the base as model."
         )
     return {

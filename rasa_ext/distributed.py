@@ -87,15 +87,15 @@ def shard_model(
         )
     if options.get("mp_policy") is not None:
         raise ValueError(
-            "mp_policy: expected none, got one, which would cast what passes between the base and "
-            "its float32 adapter; call model.to(torch.bfloat16) before patching, or use autocast."
+            "mp_policy: expected none, got one, which would cast tensors between the base and the "
+            "float32 adapter; call model.to(torch.bfloat16) before patching, or use autocast."
         )
     replicated = _checked(model)
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter):
             raise ValueError(
                 f"model: expected a model that is not sharded, but {name!r} is a DTensor; call "
-                "shard_model once, on the patched model, in place of fully_shard."
+                "shard_model once, on the patched model, instead of fully_shard."
             )
     chosen = blocks_of(model) if blocks is None else _ordered(model, blocks)
     groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
@@ -153,8 +153,8 @@ def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
     replicated = _checked(model)
     if model in _AVERAGING and not _adapters(model).keys().isdisjoint(_AVERAGING[model].parameters):
         raise ValueError(
-            "model: expected one whose gradients are not averaged yet; shard_model and "
-            "replicate_adapter are called once, and one of them."
+            "model: expected a model whose gradients are not averaged yet; call either "
+            "shard_model or replicate_adapter, and only once."
         )
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter) and any(parameter is each for each in replicated):
@@ -185,21 +185,22 @@ def _fsdp2_plugin(accelerator: Any) -> Any:
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or getattr(plugin, "fsdp_version", 1) != 2:
-        found = "none that shards" if plugin is None else "FSDP1"
+        found = "one that does not shard" if plugin is None else "FSDP1"
         raise ValueError(
-            f"accelerator: expected one that shards by FSDP2, got {found}; launch with `accelerate "
-            "launch --use_fsdp --fsdp_version 2`. DistributedDataParallel needs no call."
+            f"accelerator: expected one that shards with FSDP2, got {found}; launch with "
+            "`accelerate launch --use_fsdp --fsdp_version 2`. DistributedDataParallel needs no "
+            "call."
         )
     if plugin.ignored_modules is not None:
         raise ValueError(
             "accelerator: expected a plugin that ignores no modules, got "
             f"ignored_modules={plugin.ignored_modules!r}; leave FSDP_IGNORED_MODULES unset, since "
-            "all that is trained is ignored, and frozen modules may be sharded."
+            "this call makes FSDP ignore all trained parameters, and frozen modules may be sharded."
         )
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "accelerator: expected cpu_ram_efficient_loading to be false, got true, which loads "
-            "the base on one process and lets go of the adapter's values on the others; launch "
+            "the base on one process and drops the adapter's values on the others; launch "
             "with --fsdp_cpu_ram_efficient_loading false."
         )
     return plugin
@@ -225,7 +226,7 @@ def check_unwrapped(model: nn.Module) -> None:
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "model: expected the model inside DistributedDataParallel, which does not average the "
-            "gradients of new parameters; give model.module on every process, then wrap it anew."
+            "gradients of new parameters; pass model.module on every process, then wrap it again."
         )
 
 
@@ -245,8 +246,9 @@ def check_averaged(model: nn.Module, what: str) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and unwrap(model) not in _AVERAGING:
         raise RuntimeError(
-            f"{what}: changes what is trained, of which DistributedDataParallel averages only what "
-            "it began with; call rasa_ext.distributed.replicate_adapter(model) before training."
+            f"{what}: changes which parameters are trained, but DistributedDataParallel averages "
+            "only the gradients of parameters that were trained when it was created; call "
+            "rasa_ext.distributed.replicate_adapter(model) before training."
         )
 
 
@@ -292,7 +294,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     averaging = _AVERAGING.get(model)
     if averaging is None:
         raise ValueError(
-            "model: expected what rasa_ext.distributed.shard_model or replicate_adapter returned, "
+            "model: expected the result of rasa_ext.distributed.shard_model or replicate_adapter, "
             f"got {type(model).__name__}; for DistributedDataParallel, use its own no_sync()."
         )
     before, averaging.wanted = averaging.wanted, False
@@ -323,7 +325,7 @@ def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         if block is model or block not in inner_first:
             raise ValueError(
                 "blocks: expected modules inside the model, got "
-                f"{type(block).__name__}, which is not; the model itself need not be named."
+                f"{type(block).__name__}, which is not inside; leave out the model itself."
             )
     return [module for module in inner_first if module in wanted]
 

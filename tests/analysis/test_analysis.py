@@ -178,7 +178,7 @@ def shapeless() -> methods.AdapterConfig:
 def test_a_file_that_does_not_tell_shapes_wants_the_base(shapeless, tmp_path):
     model = rasa_ext.patch_model(LLAMA.build(), config=shapeless)
     rasa_ext.save_adapter(model, tmp_path)
-    said = f"'{shapeless.method}' do not tell the shapes .* pass the base as mod"
+    said = f"'{shapeless.method}' do not contain the shapes .* pass the base as mod"
     with pytest.raises(ValueError, match=said):
         analyze_adapter(tmp_path)
     expected, found = analyze(model), analyze_adapter(tmp_path, LLAMA.build())

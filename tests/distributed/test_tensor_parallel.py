@@ -94,7 +94,7 @@ def test_what_is_refused(halves):
         "saved": ("ValueError: model: expected", "'lm_head.weight'", "modules_to_save"),
         "training": ("RuntimeError: expected an adapter", "replicate_adapter(model)"),
         "merge": ("ValueError: model: expected whole base weights", "q_proj", "merge there"),
-        "twice": ("ValueError: model: expected one whose gradients", "called once"),
+        "twice": ("ValueError: model: expected a model whose gradients", "only once"),
     }
     assert said.keys() == wanted.keys()
     for name, words in wanted.items():
