@@ -73,8 +73,8 @@ def export_lora(
 
     Raises:
         TypeError, ValueError: the model is not patched, the adapter cannot have this
-            ``expert_layout``, ``rank`` is no positive integer or is below the effective rank of
-            adapted experts, or ``format`` is unknown or cannot hold the adapter.
+            ``expert_layout``, ``rank`` is no positive integer or, with adapted experts, below the
+            largest effective rank, or ``format`` is unknown or cannot hold the adapter.
         ImportError: ``format`` is "gguf", and the package is missing.
         ValueError: a reader would drop a part of the adapter.
 
@@ -156,8 +156,8 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
         rank.
 
     Raises:
-        TypeError, ValueError: the model is not patched, or ``rank`` is no positive integer or is
-            below the effective rank of adapted experts.
+        TypeError, ValueError: the model is not patched, or ``rank`` is no positive integer or,
+            with adapted experts, below the largest effective rank.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)  # R = 9
