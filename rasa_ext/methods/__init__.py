@@ -85,8 +85,8 @@ def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:
         if found is not None:
             return found
     raise ValueError(
-        f"{what}: expected {' or '.join(map(repr, sorted(every_method())))}, got {name!r}; a newer "
-        "rasa_ext, or a package that has to be installed or imported first, may know it."
+        f"{what}: expected {' or '.join(map(repr, sorted(every_method())))}, got {name!r}; "
+        "upgrade rasa_ext, or install and import the package that defines the method."
     )
 
 

@@ -112,7 +112,7 @@ class AdapterConfig:
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(
         ALL_LINEAR,
-        "'all-linear' (every linear layer but output heads and routers), a sequence of name "
+        "'all-linear' (every linear layer except output heads and routers), a sequence of name "
         "suffixes, or a string: a regular expression that matches whole module names.",
     )
     exclude_modules: Names = option(
@@ -123,18 +123,19 @@ class AdapterConfig:
     )
     trainable_token_indices: GivenTokens = option(
         (),
-        "Tokens whose rows of the embedding are trained, as values in place of the base's, such as "
-        "those of new tokens: a list, for the model's input embedding, or a mapping of name "
-        "suffixes of embeddings, or linear heads, to lists. A head that shares the embedding's "
-        "weight has the same rows.",
+        "Tokens with trained embedding rows, for example new tokens: a list for the model's input "
+        "embedding, or a mapping from name suffixes of embeddings or linear heads to lists. "
+        "Trained rows replace rows of the base. A head that shares the embedding's weight shares "
+        "the trained rows.",
     )
     groups: GivenGroups = option(
         (),
-        "Which layers share a pool, where the usual rule does not fit: that is one name, but for "
-        "the first integer in it, and one shape. A sequence of patterns, each of a group; a "
-        "mapping of groups' names to patterns; or a callable from a layer's name to its group's, "
-        "saved as the mapping that it gave. A pattern is the end of a name, and '*' one part of "
-        "it. Layers of other shapes stay apart, and those of no pattern follow the usual rule.",
+        "Which layers share a pool. By default, layers share one if their shapes are equal and "
+        "their names differ only in the first integer. To choose other groups: a sequence of "
+        "patterns, one for each group; a mapping from group names to patterns; or a callable from "
+        "a layer's name to a group's name, saved as the mapping that it returned. A pattern is the "
+        "end of a layer's name, and '*' in it stands for one part of the name. Layers of different "
+        "shapes never share a pool, and layers that match no pattern follow the default.",
     )
     adapter_dtype: torch.dtype = option(
         torch.float32,
@@ -150,8 +151,8 @@ class AdapterConfig:
         before = METHODS.setdefault(cls.method, cls)
         if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"method: expected a name that no other method has, got {cls.method!r}, which is "
-                f"{before.__module__}.{before.__qualname__}'s."
+                f"method: expected a name that no other method has, got {cls.method!r}, the name "
+                f"of {before.__module__}.{before.__qualname__}."
             )
         METHODS[cls.method] = cls
         cls.title = vars(cls).get("title") or cls.method
@@ -357,7 +358,7 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
     if not isinstance(value, kind):
         raise ValueError(f"adapter_config.json: expected {key} to be {words}, got {value!r}.")
     if isinstance(value, int) and abs(value) >= 1 << 62:
-        raise ValueError(f"adapter_config.json: expected {key} to have 62 bits, got {value}.")
+        raise ValueError(f"adapter_config.json: expected {key} to fit in 62 bits, got {value}.")
     counts: Any = value if isinstance(field.default, tuple) else ()
     for each in counts.values() if isinstance(counts, Mapping) else counts:
         for count in each if each_has > 1 and isinstance(each, list | tuple) else [each]:
@@ -378,12 +379,12 @@ def other_method(kind: Any) -> str:
     """Return a clause that describes another method's adapter, and the library that reads it."""
     if kind == "LORA":
         return (
-            "got 'LORA'; this is a LoRA, which rasa_ext.import_lora(model, directory), or "
-            "`rasa-ext import-lora DIRECTORY --output NEW`, makes an adapter of"
+            "got 'LORA'; convert this LoRA with rasa_ext.import_lora(model, directory) or "
+            "`rasa-ext import-lora DIRECTORY --output NEW`"
         )
     if kind is None:
-        return "got none; is this the folder of an adapter?"
-    return f"got {kind!r}; PEFT reads adapters of its own methods"
+        return "got none; check that this is the folder of an adapter"
+    return f"got {kind!r}; load adapters of PEFT's own methods with PEFT"
 
 
 def document_fields(config: type[AdapterConfig]) -> None:
@@ -557,8 +558,8 @@ def groups_to_json(groups: Any) -> dict[str, list[str]] | None:
     """Return ``groups`` for a file; raise ValueError for a callable, which cannot be saved."""
     if callable(groups):
         raise ValueError(
-            "groups: a callable has no form in a file; patch a model with the config first, whose "
-            "own is then the mapping that the callable gave, or give patterns."
+            "groups: a callable cannot be saved in a file; patch a model with the config, after "
+            "which the model's config has the mapping that the callable returned, or pass patterns."
         )
     return {label: list(patterns) for label, patterns in groups} or None
 

@@ -46,13 +46,13 @@ class LoraConfig(AdapterConfig):
     rslora: bool = option(False, "Whether s is alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
     train_A: bool = option(
         True,
-        "Whether A is trained. False is LoRA-FA (arXiv 2308.03303): A stays as drawn, and x is not "
-        "kept for the backward.",
+        "Whether A is trained. False is LoRA-FA (arXiv 2308.03303): A keeps the initial random "
+        "values, and x is not stored for the backward.",
     )
     experts: str | None = option(
         None,
-        "'own' adapts the stacked (3-D) expert weights of mixtures of experts as well: every "
-        "expert has an A and a B of its own. None leaves them untouched.",
+        "'own' also adapts the stacked (3-D) expert weights of mixtures of experts, with one A and "
+        "one B for each expert. None does not adapt these weights.",
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,8 @@ class _Pattern:
         repeats = math.prod(map(int, regex.findall(r"\{(?:\d*,)?(\d+)\}", pattern)))
         if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS:
             raise ValueError(
-                f"of at most {_MOST_CHARACTERS} characters, and {_MOST_REPEATS} counted repetitions"
+                f"it may have at most {_MOST_CHARACTERS} characters and {_MOST_REPEATS} counted "
+                "repetitions"
             )
         self.compiled = regex.compile(pattern)
         self.left = _SECONDS

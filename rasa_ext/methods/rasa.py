@@ -53,26 +53,28 @@ class RasaConfig(AdapterConfig):
     rank: int = option(8, "LoRA rank r per layer. Trainable parameters grow with it as in LoRA.")
     k: int | None = option(
         1,
-        "How many of the r ranks every layer gives to its group's shared pool, 0 <= k <= rank; 0 "
-        "is plain LoRA, None max(rank // 8, 1). The effective rank is r - k + L*k for L layers.",
+        "Number of the r ranks that every layer gives to the group's shared pool, 0 <= k <= rank. "
+        "0 means plain LoRA, None means max(rank // 8, 1). The effective rank is r - k + L*k for L "
+        "layers.",
     )
     alpha: float = option(
         8.0,
-        "Sets the initial diagonal: alpha/2/(r-k) on the private and alpha/2/(L*k) on the pooled "
-        "ranks. The diagonal is trained, so alpha acts at the start only.",
+        "Sets the initial diagonal: alpha/2/(r-k) for private ranks and alpha/2/(L*k) for pooled "
+        "ranks. The diagonal is trained, so alpha matters only at the start.",
     )
     rank_pattern: Counts = option(
         (),
-        "Ranks r of single layers, by pattern: a regular expression that the end of a layer's name "
-        "must match, from a dot on. k stays, so that they differ in their private ranks.",
+        "Other ranks r for some layers: a mapping from patterns to ranks. A pattern is a regular "
+        "expression that must match a layer's whole name, or the part after one of its dots. k is "
+        "the same for all layers, so only the number of private ranks differs.",
         counts=1,
     )
     experts: str | None = option(
         None,
-        "Adapts the stacked (3-D) expert weights of mixtures of experts as well, and tells which "
-        "of them share a pool: 'slot' the experts of one index over the layers, 'layer' those of "
-        "one layer, 'shared' all of one name; there k = rank makes a pool-only adapter. None "
-        "leaves them untouched.",
+        "Also adapts the stacked (3-D) expert weights of mixtures of experts, and sets which "
+        "experts share a pool: with 'shared' all experts of all layers, with 'slot' the experts "
+        "with one index in all layers, with 'layer' all experts of one layer. 'shared' with "
+        "k = rank makes a pool-only adapter. None does not adapt these weights.",
     )
 
     def __post_init__(self) -> None:

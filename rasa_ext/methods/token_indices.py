@@ -14,7 +14,7 @@ Tokens = tuple[tuple[str, tuple[int, ...]], ...]
 GivenTokens = Tokens | Mapping[str, Sequence[int]] | Sequence[int] | None
 """Tokens as users give them."""
 
-_KINDS = "a list of token indices, or a mapping of names of embeddings to such lists"
+_KINDS = "a list of token indices, or a mapping from embedding names to such lists"
 
 
 def checked_tokens(value: Any) -> Tokens:
@@ -60,7 +60,7 @@ def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
         if each < 0:
             raise ValueError(f"trainable_token_indices: expected indices >= 0, got {each}{of}.")
     if not found:
-        raise ValueError(f"trainable_token_indices: expected some indices{of}, got none.")
+        raise ValueError(f"trainable_token_indices: expected at least one index{of}, got none.")
     if len(set(found)) < len(found):
         twice = next(each for each in found if found.count(each) > 1)
         raise ValueError(

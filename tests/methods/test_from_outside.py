@@ -162,5 +162,5 @@ def test_a_name_is_one_method_s():
     assert methods.method_named("of a test") is First
     del methods.base.METHODS["of a test"]
     for name in ("of a test", 3):
-        with pytest.raises(ValueError, match=rf"method: expected .*'lora' or .* got {name!r}; a"):
+        with pytest.raises(ValueError, match=rf"method: expected .*'lora' or .* got {name!r}; u"):
             methods.method_named(name)

@@ -144,7 +144,7 @@ def test_bad_groups(groups, said):
 
 
 def test_a_callable_has_no_form_in_a_file():
-    with pytest.raises(ValueError, match="groups: a callable has no form in a file; patch a model"):
+    with pytest.raises(ValueError, match="groups: a callable cannot be saved in a file; patch a"):
         RasaConfig(groups=by_end).to_dict()
 
 

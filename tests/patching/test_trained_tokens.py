@@ -212,7 +212,7 @@ BAD = {
     "float": ([1.0], {}, r"integers, got 1\.0"),
     "negative": ([3, -1], {}, ">= 0, got -1"),
     "twice": ([0, 1, 0], {}, "each token once, got 0 twice"),
-    "empty": ({"embed": []}, {}, "some indices of 'embed', got none"),
+    "empty": ({"embed": []}, {}, "at least one index of 'embed', got"),
     "too large": ([32], {}, "below 32, .*'embed', got 32; .*resize"),
     "no such": ({"wte": [1]}, {}, "none ends in 'wte'; .*'embed'"),
     "differ": ({"embed": [1], "readout": [2]}, {}, "same tokens for 'embed' and 'readout'"),

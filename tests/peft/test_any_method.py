@@ -209,7 +209,7 @@ def test_the_fields_of_a_config():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or .*got 'elora'; a newer ras"),
+        ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or .*got 'elora'; upgrade ras"),
         ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
         ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
         (
