@@ -129,9 +129,9 @@ def check_weight_is_stored(name: str, base: nn.Module) -> None:
     """
     if base._parameters.get("weight") is None:
         raise ValueError(
-            f"model: the weight of {name!r} is made anew of other tensors ("
-            f"{', '.join(key for key, _ in base.named_parameters() if key != 'bias')}), so that "
-            "nothing can be merged into it; make it a plain one before patching, such as with "
+            f"model: the weight of {name!r} is computed from other tensors ("
+            f"{', '.join(key for key, _ in base.named_parameters() if key != 'bias')}), so a merge "
+            "cannot change it; make it a plain parameter before patching, for example with "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or keep the "
             "adapter unmerged."
         )

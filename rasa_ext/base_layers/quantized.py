@@ -54,8 +54,8 @@ class BnbLinear4bit(Format):
         if base.weight.device.type == "cpu" and in_features % state.blocksize:
             raise ValueError(
                 f"target_modules: {name!r} ({self.name}) has {in_features} inputs, expected a "
-                f"multiple of its block size, {state.blocksize}: on a CPU bitsandbytes gives wrong "
-                "values for others; do not quantize this layer, or use a GPU."
+                f"multiple of the block size {state.blocksize}: otherwise bitsandbytes computes "
+                "wrong values on a CPU; do not quantize this layer, or use a GPU."
             )
 
     def original_dtype(self, base: Any) -> torch.dtype | None:
@@ -90,8 +90,8 @@ class BnbLinear8bit(Format):
 
 def _raise_unquantized(name: str, fmt: str) -> NoReturn:
     raise ValueError(
-        f"target_modules: {name!r} ({fmt}) is not quantized yet, which happens as it is moved to "
-        "its device; call model.to(device) before patching."
+        f"target_modules: {name!r} ({fmt}) is not quantized yet; call model.to(device), which "
+        "quantizes it, before patching."
     )
 
 
@@ -181,10 +181,10 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if isinstance(fmt, BnbLinear4bit) and getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
-                f"model: {name!r} ({fmt.name}) has rearranged its weight for evaluation, as "
-                "bitsandbytes does in a first forward without gradients on some CPUs, and gives no "
-                "gradient to its input any more; load the model again and patch it before it is "
-                "evaluated."
+                f"model: {name!r} ({fmt.name}) has rearranged the weight for evaluation, as "
+                "bitsandbytes does in the first forward without gradients on some CPUs, and no "
+                "longer passes gradients to its input; load the model again and patch it before "
+                "evaluating."
             )
         if (
             isinstance(fmt, Layout)
@@ -197,15 +197,15 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
             )
         if fmt is None and (dtype := _unknown_dtype(module)) is not None:
             raise ValueError(
-                f"model: {name!r} is a {kind} with a weight of {dtype} in a layout that is not "
-                "known here, so that layers below it might get no gradient; load the model "
-                "dequantized, or in a layout of docs/quantized.md."
+                f"model: {name!r} is a {kind} with a weight of {dtype} in an unknown layout, so "
+                "layers below might get no gradient; load the model dequantized, or in a layout "
+                "that docs/quantized.md lists."
             )
         if _blocks_experts(module):
             raise ValueError(
-                f"model: {name!r} is a {kind}, quantized experts whose forward gives no gradient "
-                "to its input, so that nothing below it would be trained; load the model "
-                "dequantized, such as with Mxfp4Config(dequantize=True)."
+                f"model: {name!r} is a {kind}, quantized experts that pass no gradient to their "
+                "input, so layers below would not be trained; load the model dequantized, for "
+                "example with Mxfp4Config(dequantize=True)."
             )
         if isinstance(module, nn.Linear) and (fmt is None or isinstance(fmt, TorchaoTensor)):
             key: Any = module
@@ -216,9 +216,9 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
                 tried[key] = _blocks_gradient(module)
             if tried[key]:
                 raise ValueError(
-                    f"model: {name!r} ({kind if fmt is None else fmt.name}) gives no gradient to "
-                    "its input, so that nothing below it would be trained; load the model in "
-                    "another layout, or dequantized."
+                    f"model: {name!r} ({kind if fmt is None else fmt.name}) passes no gradient to "
+                    "its input, so layers below would not be trained; load the model in another "
+                    "layout, or dequantized."
                 )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import stored_weight
 
 SHARDING_HINT = (
-    "shard with rasa_ext.distributed.shard_model(model, mesh), which leaves the adapter whole on "
-    "every process, in place of fully_shard or FullyShardedDataParallel over it, or of ZeRO-3"
+    "shard with rasa_ext.distributed.shard_model(model, mesh), which keeps the whole adapter on "
+    "every process, instead of using fully_shard, FullyShardedDataParallel or ZeRO-3 on the adapter"
 )
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -46,8 +46,8 @@ def what_is_here(tensor: Tensor) -> str:
     if is_dtensor(tensor):
         return f"a DTensor, placed as {tuple(map(str, getattr(tensor, 'placements', ())))}"
     if tensor.numel() == 0:
-        return "without any element here, as ZeRO-3 leaves it"
-    return f"of shape {tuple(tensor.shape)} here"
+        return "empty on this process, as under ZeRO-3"
+    return f"of shape {tuple(tensor.shape)} on this process"
 
 
 def check_whole(**matrices: Tensor | None) -> None:
@@ -86,7 +86,7 @@ def check_base_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:
         weight = stored_weight(base)
         if id(base) in sharded or is_dtensor(weight) or weight.dim() < 2 or is_emptied(weight):
             raise ValueError(
-                f"model: expected whole base weights to merge into, but the one of {name!r} is "
-                "sharded; save the adapter, load it into a model that is not sharded, and merge "
+                f"model: expected whole base weights to merge into, but the weight of {name!r} "
+                "is sharded; save the adapter, load it into a model that is not sharded, and merge "
                 "there."
             )

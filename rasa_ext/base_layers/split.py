@@ -65,7 +65,7 @@ def local_part(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
         if whole is not None and whole.requires_grad:
             raise RuntimeError(
                 f"expected a frozen base layer, but its {name}, which is split over processes, "
-                "requires grad; an adapter over it is trained alone."
+                "requires grad; only the adapter over such a layer can be trained."
             )
         here = whole.to_local() if whole is not None and is_dtensor(whole) else whole
         parts.append(None if here is None else here.detach().to(dtype))
@@ -88,8 +88,8 @@ def refusal(base: nn.Module) -> str | None:
     if split_of(base) is None:
         return (
             f"runs in transformers' parallel style {type(style).__name__} with layouts or a weight "
-            "that no adapter follows, expected 'colwise' or 'rowwise' of nn.Linear; leave it out "
-            "with exclude_modules"
+            "that adapters do not support, expected 'colwise' or 'rowwise' of nn.Linear; leave it "
+            "out with exclude_modules"
         )
     return None
 

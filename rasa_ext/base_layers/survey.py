@@ -70,7 +70,7 @@ class Survey:
             for key, child in module.named_children():
                 name = f"{prefix}{key}"
                 if name in self.linears and is_linear(child) and key in read_directly(kind):
-                    yield name, f"{kind.__name__} reads its weight without calling it"
+                    yield name, f"{kind.__name__} reads the weight without calling the layer"
         for name, layer in self.linears.items():
             if format_of(layer) is None and not computes_linear(layer):
                 yield name, f"a {type(layer).__name__}, which does not compute x W^T + bias"
@@ -184,11 +184,11 @@ def _heads(found: Survey) -> dict[str, str]:
         config = getattr(model, "config", None)
         labels = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
         if last.partition(".")[0] in _LAST_NAMES:
-            heads[last] = "an output head: the last linear layer, of that name"
+            heads[last] = "an output head: the last linear layer, with the name of a head"
         elif words and out > width and (out, width) == tuple(words.weight.shape):
             heads[last] = "an output head: the last linear layer, shaped like the embedding"
         elif out and out == labels:
-            heads[last] = "an output head: the last linear layer, one output a label"
+            heads[last] = "an output head: the last linear layer, with one output per label"
     return heads
 
 
@@ -222,6 +222,6 @@ def check_base(name: str, layer: LinearLayer | ExpertWeight) -> None:
         raise ValueError(f"target_modules: {name!r} {reason}.")
     if 0 in linear_shape(layer) or weight.numel() == 0:
         raise ValueError(
-            f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "
-            "without a zero; gather sharded weights before patching, or use exclude_modules."
+            f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected a "
+            "shape without zeros; gather sharded weights before patching, or use exclude_modules."
         )

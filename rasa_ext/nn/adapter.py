@@ -79,7 +79,7 @@ class Adapter(NamedTuple):
             raise RuntimeError(
                 "expected the pool of a group of layers on a device, but it is offloaded; offload "
                 "the base (accelerate.cpu_offload, disk_offload, dispatch_model) before "
-                "rasa_ext.patch_model or load_adapter: adapters then stay where layers compute."
+                "rasa_ext.patch_model or load_adapter; adapters then stay on the layers' devices."
             )
         if A_pool.device != A.device or A_pool.dtype != A.dtype:
             return Factors(A, A_pool.to(A), B, B_pool.to(A), d)

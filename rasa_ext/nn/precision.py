@@ -30,8 +30,8 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> None:
     coarse = [each for each in tensors if each is not None and _is_coarse(each, dtype)]
     if coarse and is_sharing() and dist.get_world_size() > 1:
         raise RuntimeError(
-            f"an adapter that is trained was cast to {coarse[0].dtype}, in which steps of its "
-            f"diagonal would be lost; before any process wraps the model, call p.data = "
+            f"a trained adapter was cast to {coarse[0].dtype}, in which optimizer steps of the "
+            f"diagonal would be lost; before any process wraps the model, run p.data = "
             f"p.data.to({dtype}) for every p of model.parameters() that requires a gradient."
         )
     for parameter in coarse:
@@ -41,9 +41,9 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> None:
             parameter.grad = parameter.grad.to(dtype)
     if coarse:
         warnings.warn(
-            f"an adapter that is trained was cast to {before}, in which steps of its diagonal "
-            f"would be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer "
-            "that has copied the parameters must be made after that: call model.train() first.",
+            f"a trained adapter was cast to {before}, in which optimizer steps of the diagonal "
+            f"would be lost; it is {dtype} again, the config's adapter_dtype. An optimizer that "
+            "copies parameters must be made after this: call model.train() first.",
             stacklevel=1,  # one place, so that the warning appears once
         )
 

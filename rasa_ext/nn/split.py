@@ -53,9 +53,9 @@ class SplitLinear(AdaptedLinear):
         pack = adapter.pack(dtype)
         if not self.averaged and (pack.Ap_port is not None or pack.Bp_port is not None):
             raise RuntimeError(
-                "expected an adapter whose gradients are averaged over processes, since each has a "
-                "part of the base; call rasa_ext.distributed.replicate_adapter(model) after "
-                "patching."
+                "expected an adapter with gradients averaged over processes, because each process "
+                "has only a part of the base; call rasa_ext.distributed.replicate_adapter(model) "
+                "after patching."
             )
         x, added = x.to(dtype), None
         if split.dim == 0:

@@ -182,7 +182,7 @@ def test_zero_3_over_a_trained_module(tmp_path):
 
 def test_zero_3_in_a_forward_and_a_merge():
     pool = "model.layers.0.self_attn.q_proj.pool.A"
-    with pytest.raises(RuntimeError, match="its pool is without any element"):
+    with pytest.raises(RuntimeError, match="its pool is empty on this process"):
         call(emptied(llama(), pool))
     weight = "model.layers.1.mlp.up_proj.base_layer.weight"
     with pytest.raises(ValueError, match=r"whole base weights.*layers\.1\.mlp\.up_proj"):

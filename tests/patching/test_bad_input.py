@@ -143,7 +143,7 @@ def _integer_weight() -> nn.Module:
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        (_integer_weight(), "int8 in a layout that is not known"),
+        (_integer_weight(), "int8 in an unknown layout"),
         (nn.Linear(0, 4), r"\(4, 0\)"),
         (nn.Linear(4, 0), r"\(0, 4\)"),
         (nn.LazyLinear(4), "no weight yet"),

@@ -61,7 +61,7 @@ def test_what_cannot_be_adapted(family, names):
     """Other layers are adapted: each adapter parameter gets a gradient, and merging works."""
     base = experts.model(family).eval()
     model = adapted(base, None)
-    word = "reads its weight without calling it" if family in READ else "does not compute x W"
+    word = "without calling the layer" if family in READ else "does not compute x W"
     assert all(word in reason for reason in left_out(model, names))
     expected = logits(model)
     model(input_ids=torch.arange(24).view(2, 12)).logits.sum().backward()
@@ -131,7 +131,7 @@ class Reads(nn.Module):
 
 def test_layers_whose_weight_is_read_are_found_in_the_code():
     model = rasa_ext.patch_model(nn.ModuleDict({"reads": Reads()}), 2, 0)
-    reason = "Reads reads its weight without calling it"
+    reason = "Reads reads the weight without calling the layer"
     skipped = rasa_ext.summary(model).skipped
     assert skipped == {f"reads.{name}": reason for name in Reads.names}
 

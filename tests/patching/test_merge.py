@@ -266,7 +266,7 @@ def test_a_weight_that_is_made_of_others_takes_no_merge(kind):
     adapted = model(x).detach()
     assert not torch.equal(adapted, expected)
     for call in (rasa_ext.merge, rasa_ext.merge_and_unload):
-        said = r"the weight of '2' is made anew of other tensors \(.*weight.*\), so that noth"
+        said = r"the weight of '2' is computed from other tensors \(.*weight.*\), so a m"
         with pytest.raises(ValueError, match=said):
             call(model)
         assert same_bits(model(x).detach(), adapted)

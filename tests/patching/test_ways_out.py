@@ -72,7 +72,7 @@ class Attending(nn.Module):
     [
         (
             ["out_proj"],
-            r"cannot adapt 'attention\.out_proj': .*MultiheadAttention reads its weight",
+            r"cannot adapt 'attention\.out_proj': .*MultiheadAttention reads the weight",
         ),
         (
             ["attention"],

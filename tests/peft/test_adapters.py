@@ -213,7 +213,7 @@ def test_a_weight_that_is_made_of_others_takes_no_merge(call):
     x = torch.randn(3, 6)
     with torch.no_grad():
         expected = model(x)
-        with pytest.raises(ValueError, match="weight of 'down' is made anew of other tensors"):
+        with pytest.raises(ValueError, match="weight of 'down' is computed from other tensors"):
             getattr(model, call)()
         assert same_bits(model(x), expected)
 

@@ -308,15 +308,15 @@ class Rounding(nn.Linear):
 
 REFUSED = {
     "3 bits": (lambda: compressed("W3A16", group_size=32)(nn.Sequential(nn.Linear(64, 160)))[0],
-               r"'0' is a Linear with a weight of torch.int32 in a layout that is not known"),
+               r"'0' is a Linear with a weight of torch.int32 in an unknown layout"),
     "embedding": (packed_embedding, r"'0' is a Embedding with a weight of torch.int32"),
     "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
-    "evaluated": (without_backward, r"'0' \(Linear\) gives no gradient to its input"),
-    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) gives no gradient to its input"),
-    "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) has rearranged .*patch it before it is"),
+    "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient to its input"),
+    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its"),
+    "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) has rearranged .*patch it before eval"),
     "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts whose"),
-    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) gives no gradient to its input"),
+    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) passes no gradient to its"),
 }  # fmt: skip
 
 
