@@ -41,23 +41,24 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> 
     if not config.k or 2 * alone <= total:
         return
     if total == 1:
-        what = f"{groups[0].names[0]!r} is the only layer that is adapted, so it shares no pool"
+        what = f"{groups[0].names[0]!r} is the only adapted layer and shares no pool"
     else:
-        what = f"{alone} of {total} adapted layers share their pool with no other one"
+        what = f"{alone} of {total} adapted layers share their pool with no other layer"
     shapes = {name: group.shape for group in groups for name in group.names}
     ends = list(dict.fromkeys(every_index(name).rpartition("*.")[2] for name in shapes))
     chosen = tuple((end, (end,)) for end in ends)
     better = groups_of(shapes, groups=chosen)
-    way_out = f"pass {prefix}k=0 if that is meant"
+    way_out = f"pass {prefix}k=0 if this is intended"
     if _alone(better) < alone:
         shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)
         shown = ", ".join(repr(end) for end in list(shared)[:4])
         way_out = (
-            "of a layer's name only the first integer counts as its index. To let layers of one "
-            f"shape share by the ends of their names, pass {prefix}groups=[{shown}"
+            "only the first integer in a layer's name counts as the layer's index. To let layers "
+            f"of one shape share a pool if their names end alike, pass {prefix}groups=[{shown}"
             f"{', ...' if len(shared) > 4 else ''}]"
         )
-    yield f"{prefix}groups: {what}: that is close to a LoRA of rank {config.rank}; {way_out}."
+    close = f"the adapter is close to a LoRA of rank {config.rank}"
+    yield f"{prefix}groups: {what}, so {close}; {way_out}."
 
 
 def _alone(groups: Sequence[Group]) -> int:
@@ -72,9 +73,9 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str
         name, (out, width) = small[0].names[0], small[0].shape
         yield (
             f"{argument}: {config.rank} is above the smaller side of {name!r}, (out, in) ({out}, "
-            f"{width}){f' and {count - 1} more layers' if count > 1 else ''}, whose change has at "
-            f"most {min(out, width)} ranks; take a smaller rank, leave such layers out with "
-            "exclude_modules, or train them in full with modules_to_save."
+            f"{width}){f', and of {count - 1} more layers' if count > 1 else ''}; a change of this "
+            f"weight has rank {min(out, width)} at most. Use a smaller rank, leave such layers out "
+            "with exclude_modules, or train them in full with modules_to_save."
         )
 
 
@@ -96,9 +97,9 @@ def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[s
         return
     largest = sorted(sizes, key=lambda name: -sizes[name])
     shown = ", ".join(f"{name} {plan.untouched[name]}" for name in largest[:3])
-    ways = "'own'" if isinstance(config, LoraConfig) else "'shared', or 'slot' or 'layer'"
-    how = f" They are adapted with experts={ways}." if plan.adaptable else ""
+    ways = "'own'" if isinstance(config, LoraConfig) else "'shared', 'slot' or 'layer'"
+    how = f" To adapt them, pass experts={ways}." if plan.adaptable else ""
     yield (
         f"{len(sizes)} weights of experts, {100 * share:.0f} % of the model's parameters, stay "
-        f"untouched, among them {shown}.{how}"
+        f"untouched, for example {shown}.{how}"
     )

@@ -133,9 +133,9 @@ def _check_not_packed(parts: Iterable[Part]) -> None:
     for part in parts:
         if part.expert is not None and part.weight.itemsize == 1:
             raise ValueError(
-                f"model: the weight of {part.name!r} is packed as {part.weight.dtype}, into which "
-                "nothing can be merged; save the adapter and load it into the dequantized model, "
-                "or export it."
+                f"model: the weight of {part.name!r} is packed as {part.weight.dtype}, and merging "
+                "into packed weights is not supported; save the adapter and load it into the "
+                "dequantized model, or export it."
             )
 
 

@@ -102,8 +102,8 @@ def group_of(name: str, groups: Groups = ()) -> str:
         chosen = groups(name)
         if chosen is not None and not isinstance(chosen, str):
             raise TypeError(
-                "groups: expected a callable that gives a group's name, or None for the usual "
-                f"one, but for {name!r} it gave {chosen!r}."
+                "groups: expected a callable that returns a group's name, or None for the default "
+                f"group, but for {name!r} it returned {chosen!r}."
             )
         return pattern(name) if chosen is None else chosen
     found = (label for label, items in groups if any(ends_in(name, each) for each in items))
@@ -139,9 +139,9 @@ def group_layers(
         if not any(ends_in(name, item) for name in bases):
             known = sorted({every_index(name) for name in bases})
             raise ValueError(
-                f"{argument}: expected patterns of adapted layers' names, but none ends in "
-                f"{item!r}; they are {', '.join(known[:10])}{', ...' if len(known) > 10 else ''} "
-                "('*' stands for one part of a name)."
+                f"{argument}: expected patterns that match ends of adapted layers' names, but none "
+                f"ends in {item!r}; the names are {', '.join(known[:10])}"
+                f"{', ...' if len(known) > 10 else ''} ('*' stands for one part of a name)."
             )
     config.check_layers(bases)
     shapes = {name: base_shape(base) for name, base in bases.items()}

@@ -250,7 +250,7 @@ def _merge(
     if state.merged is not None:
         return state.merged
     if state.disabled:
-        raise RuntimeError("model: leave rasa_ext.disable_adapter(model) before a merge.")
+        raise RuntimeError("model: leave rasa_ext.disable_adapter(model) before merging.")
     _check_not_capturing()
     tables = {name: module.base_layer for name, module in trained_tokens(root)}
     layers = {name: layer.base_layer for name, layer in adapted_layers(root)}
@@ -297,8 +297,8 @@ def _check_dtype(dtype: torch.dtype | None, parts: list[Part]) -> None:
         raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}.")
     if not any(part.is_quantized for part in parts):
         raise ValueError(
-            f"dtype: {dtype} is for layers that are quantized, and no adapted layer is; "
-            "model.to(dtype) converts the others."
+            f"dtype: expected None, because no adapted layer is quantized, got {dtype}; "
+            "model.to(dtype) converts layers that are not quantized."
         )
 
 
@@ -310,8 +310,8 @@ def _check_not_capturing() -> None:
     """Raise during a capture: recorded work has not run yet, but the state would say it has."""
     if _is_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured: merging reads its results back, and nothing that is "
-            "captured happens before a replay; merge and unmerge before the capture or after it."
+            "a CUDA graph is being captured: merging reads results back, but captured work runs "
+            "only in a replay; merge and unmerge before or after the capture."
         )
 
 
@@ -319,8 +319,9 @@ def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
     """Raise ValueError if a weight is not here, or a merge would change another module with it."""
     if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
         raise ValueError(
-            f"model: expected base weights to merge into, but that of {offloaded!r} is offloaded "
-            "or on the meta device; load the base whole, or export instead of merging."
+            f"model: expected base weights to merge into, but the weight of {offloaded!r} is "
+            "offloaded or on the meta device; load the base without offloading, or export instead "
+            "of merging."
         )
     # torchao's tensors have no storage of their own, and thus all have one address.
     quantized = (module for module in root.modules() if format_of(module) is not None)

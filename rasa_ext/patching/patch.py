@@ -181,11 +181,11 @@ def plan_layers(
     for name, shape in shapes.items():
         module = modules.get(name)
         if module is None or not is_linear(module):
-            got = "no such module" if module is None else type(module).__name__
-            raise ValueError(f"{where}: expected names of linear layers; {name!r} is {got}.")
+            got = "not in the model" if module is None else f"a {type(module).__name__}"
+            raise ValueError(f"{where}: expected names of linear layers, but {name!r} is {got}.")
         if shape != linear_shape(module):
             raise ValueError(
-                f"{where}: expected {name!r} of the layer's (out, in) {linear_shape(module)}, "
+                f"{where}: expected the layer's (out, in) {linear_shape(module)} for {name!r}, "
                 f"got {shape}."
             )
     exact = "|".join(re.escape(name) for name in shapes)

@@ -81,7 +81,7 @@ def patch_state(model: nn.Module) -> PatchState:
     state: PatchState | None = unwrap(model).__dict__.get(STATE)
     if state is None:
         way_out = (
-            "call PEFT's own: print_trainable_parameters(), save_pretrained(directory), "
+            "call PEFT's methods: print_trainable_parameters(), save_pretrained(directory), "
             "merge_adapter()."
             if hasattr(model, "peft_config")
             else "if only a part of it was patched, pass that part."
@@ -107,7 +107,7 @@ def check_unmerged(model: nn.Module) -> None:
         >>> rasa_ext.patching.check_unmerged(rasa_ext.patch_model(model, rank=8, k=1))
     """
     if patch_state(model).merged is not None:
-        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
+        raise RuntimeError("model: call rasa_ext.unmerge(model) before changing the adapter.")
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:

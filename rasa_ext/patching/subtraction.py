@@ -35,10 +35,10 @@ class MergeResidual:
         weight.view(-1)[self.index.to(device).long()] = self.value.to(device)
         if _sum(weight) != self.sum.to(device):
             raise RuntimeError(
-                "the merged weight less the adapter is not what it was before merging: the "
-                "adapter, the weight or the device has changed since; put back what was changed "
-                "and unmerge again, or load the base again. Without subtracting, merging keeps a "
-                "copy instead, and this is allowed."
+                "subtracting the adapter does not restore the weight from before the merge: the "
+                "adapter, the weight or the device has changed since; undo that change and unmerge "
+                "again, or load the base again. To allow such changes, merge without subtract, "
+                "which stores a copy of the weight."
             )
         return weight
 

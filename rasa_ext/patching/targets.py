@@ -67,10 +67,10 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
     stacked = found.stacks if config.grouping_of_experts else {}
     if config.grouping_of_experts and not stacked:
         others = ", ".join(list(found.expert_weights)[:3])
-        others = f"; its other weights are {others}" if others else ""
+        others = f"; its expert and router weights are {others}" if others else ""
         raise ValueError(
-            "experts: expected a model with stacked experts that say how they lie, as those of "
-            f"transformers 5 do, found none{others}; leave out experts."
+            "experts: expected a model with stacked experts in a layout that transformers 5 marks, "
+            f"found none{others}; leave out experts."
         )
     saved = _modules_to_save(found, config.modules_to_save)
     bases: dict[str, LinearLayer | ExpertWeight] = {**found.linears, **stacked}
@@ -81,8 +81,8 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
     if stacked and not stacked.keys() & adapted.keys():
         first = next(iter(stacked))
         raise ValueError(
-            f"experts: expected stacked weights to adapt, but every one is left out, such as "
-            f"{first!r}: {skipped[first]}; change that, or leave out experts."
+            f"experts: expected stacked weights to adapt, but all are left out, for example "
+            f"{first!r}: {skipped[first]}; adapt at least one, or leave out experts."
         )
     tokens = find_rows(model, config)
     check_not_adapted(tokens, chosen)
@@ -95,7 +95,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
     }
     adaptable = untouched.keys() & (found.adaptable if hasattr(config, "experts") else ())
     for name, shape in untouched.items():
-        how = "the argument experts adapts them" if name in adaptable else "no linear layer"
+        how = "the argument experts adapts them" if name in adaptable else "not a linear layer"
         skipped[name] = f"weights of shape {shape}: {how}"
     return Plan(groups, skipped, untouched, frozenset(adaptable), saved, tokens)
 
@@ -131,8 +131,8 @@ def _choose(
     if not chosen:
         why = "".join(f" {name}: {reason}." for name, reason in list(skipped.items())[:5])
         if explicit and isinstance(config.target_modules, str):
-            why += " A string but 'all-linear' is a regular expression over a whole name; names"
-            why += " go into a list."
+            why += " A string other than 'all-linear' is a regular expression for whole names; pass"
+            why += " names in a list."
         raise ValueError(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
             f"leaves none of the model's {len(found.linears)}.{why}{_others(found, config)}"
@@ -189,7 +189,7 @@ def matches(name: str, names: Names) -> bool:
 
 
 def _others(found: Survey, config: AdapterConfig) -> str:
-    """Return a clause for errors: matched modules with weights that are no linear layers."""
+    """Return a clause for errors: matched modules with weights that are not linear layers."""
     targets = config.target_modules
     meant = {
         name: type(module).__name__
@@ -200,7 +200,7 @@ def _others(found: Survey, config: AdapterConfig) -> str:
     }
     shown = ", ".join(f"{name} ({kind})" for name, kind in list(meant.items())[:5])
     more = ", ..." if len(meant) > 5 else ""
-    way_out = ": no linear layers; modules_to_save trains such modules in full."
+    way_out = ": not linear layers; modules_to_save trains such modules in full."
     return f" {shown}{more}{way_out}" if meant else ""
 
 
@@ -226,7 +226,7 @@ def _matched(found: Survey, names: Collection[str], targets: Names) -> list[str]
         known = sorted({name.rpartition(".")[2] for name in names})
         raise ValueError(
             f"target_modules: expected names of linear layers, but no linear layer's name "
-            f"ends in {item!r}; the model's end in {', '.join(known[:20]) or 'nothing'}."
+            f"ends in {item!r}; the names end in {', '.join(known[:20]) or 'nothing'}."
         )
     return [name for name in names if matches(name, targets)]
 

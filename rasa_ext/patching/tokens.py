@@ -84,7 +84,7 @@ def _named(
         found = [name for name in tables if f".{name}".endswith(f".{suffix}")]
         if not found:
             raise ValueError(
-                f"{ARGUMENT}: expected suffixes of names of embeddings or linear heads, but none "
+                f"{ARGUMENT}: expected name suffixes of embeddings or linear heads, but no name "
                 f"ends in {suffix!r}; the model's embeddings are "
                 f"{', '.join(map(repr, embeddings)) or 'none'}."
             )
@@ -96,8 +96,8 @@ def _named(
         found = list(embeddings)
     if not found:
         raise ValueError(
-            f"{ARGUMENT}: expected a mapping of names of embeddings to lists, for a model that "
-            "does not say which is its input embedding, got a list; its embeddings are "
+            f"{ARGUMENT}: expected a mapping from embedding names to lists, because the model does "
+            "not define its input embedding, got a list; the model's embeddings are "
             f"{', '.join(map(repr, embeddings)) or 'none'}."
         )
     return found[:1]
@@ -114,13 +114,13 @@ def _check(
         why = "a quantized weight, whose rows cannot be replaced"
     elif isinstance(module, nn.Embedding):
         if module.max_norm is not None:
-            why = f"max_norm {module.max_norm}, under which a forward changes the weight"
+            why = f"max_norm {module.max_norm}, with which a forward changes the weight"
         elif module.scale_grad_by_freq:
-            why = "scale_grad_by_freq, which its trained rows would not follow"
+            why = "scale_grad_by_freq, which trained rows do not support"
         elif type(module).forward is not nn.Embedding.forward and not hasattr(
             module, "embed_scale"
         ):
-            why = f"the forward of a {type(module).__name__}, which is no look-up of rows"
+            why = f"the forward of a {type(module).__name__}, which may do more than look up rows"
     if why:
         raise ValueError(
             f"{ARGUMENT}: cannot train rows of {name!r}, since it has {why}; leave it out, or "
@@ -134,8 +134,8 @@ def _check(
     for item in config.modules_to_save:
         if f".{item}." in f".{name}.":
             raise ValueError(
-                f"{ARGUMENT}: {name!r} is to be trained in full by modules_to_save ({item!r}) as "
-                "well; name it in one of the two."
+                f"{ARGUMENT}: {name!r} is also trained in full by modules_to_save ({item!r}); name "
+                "it in one of the two."
             )
 
 
@@ -144,8 +144,8 @@ def check_not_adapted(rows: Sequence[TokenRows], adapted: Sequence[str]) -> None
     for each in rows:
         if both := [name for name in each.names if name in adapted]:
             raise ValueError(
-                f"{ARGUMENT}: rows of {each.names[0]!r} are trained, and target_modules adapts "
-                f"{both[0]!r}, which has the same weight; name it in one of the two, or in "
+                f"{ARGUMENT}: rows of {each.names[0]!r} are trained, but target_modules also "
+                f"adapts {both[0]!r}, which has the same weight; name it in one of the two, or in "
                 "exclude_modules."
             )
 

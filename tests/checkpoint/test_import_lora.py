@@ -203,7 +203,7 @@ def test_tensors_that_are_refused(tmp_path):
         (stored | {A: torch.ones(5, 24, 1, 1)}, "convolutions are not supported"),
         (stored | {A: torch.ones(4, 24)}, r"lora_A \(r, in\) and lora_B"),
         (stored | {A: torch.ones(5, 23)}, r"the layer's \(out, in\) \(\d+, \d+\), got \(\d+, 23\)"),
-        (elsewhere, "no such module"),
+        (elsewhere, "not in the model"),
         ({"base_model.model.model.norm.weight": torch.ones(24)}, "found none"),
         (stored | {"base_model.model.model.gone.weight": torch.ones(2)}, "has no 'model.gone'"),
         (stored | {"base_model.model.model.norm.weight": torch.ones(2)}, "of another shape"),

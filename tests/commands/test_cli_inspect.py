@@ -131,5 +131,5 @@ def test_a_warning_is_a_sentence(tmp_path):
         run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     (told,) = done.stderr.splitlines()  # other libraries print nothing
-    assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only layer")
+    assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only adap")
     assert "patch_model(" not in told  # no source line

@@ -129,5 +129,5 @@ def test_what_is_refused():
 
 
 def test_without_the_argument_a_warning_says_how():
-    with pytest.warns(UserWarning, match="They are adapted with experts='own'"):
+    with pytest.warns(UserWarning, match="To adapt them, pass experts='own'"):
         rasa_ext.patch_model(experts.model(), config=LoraConfig(rank=1))

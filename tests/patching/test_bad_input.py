@@ -88,7 +88,7 @@ def test_a_model_that_is_no_module(thing):
         (nn.Embedding(4, 4), "linear"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.GRU(4, 4)),
-            r"none of the model's 0\. 0 \(Conv2d\), 1 \(GRU\): no linear layers;",
+            r"none of the model's 0\. 0 \(Conv2d\), 1 \(GRU\): not linear layers;",
         ),
     ],
 )

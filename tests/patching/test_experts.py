@@ -102,7 +102,7 @@ def test_weights_that_do_not_say_how_they_lie():
     assert same_bits(model.experts.down_proj, base.experts.down_proj)
     assert "experts.down_proj" in str(rasa_ext.summary(model))
     said = rasa_ext.summary(model).skipped["experts.down_proj"]
-    assert said == "weights of shape (4, 8, 8): no linear layer"
+    assert said == "weights of shape (4, 8, 8): not a linear layer"
     fresh = UNMARKED.build()
     refused(
         lambda: rasa_ext.patch_model(fresh, 2, 1, experts="shared"),

@@ -128,7 +128,7 @@ def test_a_model_of_convolutions_does_not_adapt_its_head_alone():
 def test_pointwise_convolutions_are_named_with_the_reason():
     model = convnext()
     model.attention = nn.Linear(8, 8)
-    with pytest.warns(UserWarning, match="groups: 'attention' is the only layer"):
+    with pytest.warns(UserWarning, match="groups: 'attention' is the only adapted layer"):
         rasa_ext.patch_model(
             model, 2, 1, target_modules=["attention"], modules_to_save=["blocks.0"]
         )

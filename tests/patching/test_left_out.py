@@ -207,4 +207,4 @@ def test_nothing_is_said_where_little_is_left_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rasa_ext.patch_model(model, 2, 1, experts="shared")
-    assert left_out(model, ["mlp.gate.weight"]) == {"weights of shape (5, 16): no linear layer"}
+    assert left_out(model, ["mlp.gate.weight"]) == {"weights of shape (5, 16): not a linear layer"}

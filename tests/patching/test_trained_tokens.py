@@ -214,11 +214,11 @@ BAD = {
     "twice": ([0, 1, 0], {}, "each token once, got 0 twice"),
     "empty": ({"embed": []}, {}, "at least one index of 'embed', got"),
     "too large": ([32], {}, "below 32, .*'embed', got 32; .*resize"),
-    "no such": ({"wte": [1]}, {}, "none ends in 'wte'; .*'embed'"),
+    "no such": ({"wte": [1]}, {}, "no name ends in 'wte'; .*'embed'"),
     "differ": ({"embed": [1], "readout": [2]}, {}, "same tokens for 'embed' and 'readout'"),
-    "saved": ([1], {"modules_to_save": ["embed"]}, r"'embed' is to .* modules_to_save \('embed'\)"),
-    "tied one saved": ([1], {"modules_to_save": ["readout"]}, "'readout' is to be trained in full"),
-    "adapted": ([1], {"target_modules": ["body", "readout"]}, "target_modules adapts 'readout'"),
+    "saved": ([1], {"modules_to_save": ["embed"]}, r"'embed' is also .*_to_save \('embed'\)"),
+    "tied one saved": ([1], {"modules_to_save": ["readout"]}, "'readout' is also trained in full"),
+    "adapted": ([1], {"target_modules": ["body", "readout"]}, "also adapts 'readout'"),
 }
 EMBEDDINGS = {
     "max_norm 1.0": lambda: nn.Embedding(32, 12, max_norm=1.0),
@@ -243,7 +243,7 @@ def test_embeddings_whose_rows_cannot_be_trained(message):
 
 def test_a_model_that_names_no_embedding():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    refused_rows(model, [1], "does not say which is its input embedding, got a list")
+    refused_rows(model, [1], "does not define its input embedding, got a list")
 
 
 def refused_rows(model, given, message, error=ValueError, options=()):

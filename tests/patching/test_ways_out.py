@@ -48,12 +48,12 @@ def test_configs_copy_and_pickle():
 def test_a_rank_above_the_sides():
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 5), nn.Linear(5, 40))
     with pytest.warns(
-        UserWarning, match=r"rank: 6 is above .*'1', .*\(5, 40\) and 1 more"
+        UserWarning, match=r"rank: 6 is above .*'1', .*\(5, 40\), and of 1 more"
     ) as caught:
         rasa_ext.patch_model(model, rank=6, k=1)
     (told,) = (each for each in caught if str(each.message).startswith("rank"))
     assert told.filename == __file__
-    assert "at most 5 ranks; take a smaller rank" in str(told.message)
+    assert "rank 5 at most. Use a smaller rank" in str(told.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rasa_ext.patch_model(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)), rank=40, k=1)
@@ -79,7 +79,7 @@ class Attending(nn.Module):
             r"'attention' is a MultiheadAttention; .*modules_to_save to train it in full",
         ),
         (["gru"], r"'gru' is a GRU; .*modules_to_save to train it in full"),
-        ("gru|other", r"leaves none.*gru \(GRU\): no linear layers; modules_to_save trains"),
+        ("gru|other", r"leaves none.*gru \(GRU\): not linear layers; modules_to_save trains"),
     ],
 )
 def test_what_is_no_linear_layer(targets, said):

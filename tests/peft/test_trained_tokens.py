@@ -156,7 +156,7 @@ class Biased(nn.Module):
 
 BAD = {
     "too large": (LLAMA.build, [32], {}, "below 32"),
-    "no such": (LLAMA.build, {"wte": [1]}, {}, "none ends in 'wte'"),
+    "no such": (LLAMA.build, {"wte": [1]}, {}, "no name ends in 'wte'"),
     "saved": (LLAMA.build, [1], {"modules_to_save": ["embed_tokens"]}, "trained in full"),
     "adapted": (
         GPT2.build,

@@ -119,6 +119,6 @@ def test_files_and_unpatching(packed, folder, tmp_path):
 
 def test_refusals(packed):
     model = patched(packed, experts="shared")
-    with pytest.raises(ValueError, match=r"gate_up_proj\[0\]' is packed as torch.uint8, into"):
+    with pytest.raises(ValueError, match=r"gate_up_proj\[0\]' is packed as torch.uint8, and"):
         rasa_ext.merge(model)
     assert not model.model.layers[0].self_attn.q_proj.merged

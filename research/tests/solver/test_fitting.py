@@ -124,7 +124,7 @@ Q = "model.layers.0.self_attn.q_proj"
     [
         ([torch.ones(24, 24)], {}, TypeError, "deltas: expected a mapping"),
         ({}, {}, ValueError, "deltas: expected at least one"),
-        ({"nowhere": torch.ones(24, 24)}, {}, ValueError, "'nowhere' is no such module"),
+        ({"nowhere": torch.ones(24, 24)}, {}, ValueError, "'nowhere' is not in the model"),
         ({"model.norm": torch.ones(24, 24)}, {}, ValueError, "'model.norm' is LlamaRMSNorm"),
         ({Q: torch.ones(24, 23)}, {}, ValueError, r"\(24, 24\), got \(24, 23\)"),
         ({Q: torch.full((24, 24), float("inf"))}, {}, ValueError, "finite"),
