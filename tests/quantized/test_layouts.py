@@ -315,7 +315,7 @@ REFUSED = {
     "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient to its input"),
     "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its"),
     "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) has rearranged .*patch it before eval"),
-    "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts whose"),
+    "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts that"),
     "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) passes no gradient to its"),
 }  # fmt: skip
 
