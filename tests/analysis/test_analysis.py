@@ -134,7 +134,7 @@ def test_the_command_prints_a_table(k, tmp_path):
 def test_what_is_not_an_adapter(tmp_path):
     invoke("inspect", "--spectrum", tmp_path, code=1)
     rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
-    with pytest.raises(ValueError, match="this is a LoRA, which"):
+    with pytest.raises(ValueError, match="convert this LoRA with"):
         analyze_adapter(tmp_path)
     with pytest.raises(ValueError, match="unpatched"):
         analyze(LLAMA.build())

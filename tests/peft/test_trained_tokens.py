@@ -162,7 +162,7 @@ BAD = {
         GPT2.build,
         [1],
         {"target_modules": ["c_attn", "lm_head"]},
-        "target_modules adapts 'lm_head'",
+        "target_modules also adapts 'lm_head'",
     ),
     "a tie that PEFT does not see": (TIED.build, [1], {}, "which PEFT does not know"),
     "bias": (Biased, {"readout": [1]}, {"target_modules": ["body"]}, "which PEFT leaves out"),
