@@ -2,8 +2,9 @@
 
 A generated part is between a comment and ``<!-- end -->``. The comment names the content:
 ``<!-- options PACKAGE -->`` for commands, ``<!-- fields CONFIG -->`` for a config, or
-``<!-- reference NAME ... -->`` for docstrings. Pictures and the tutorial's notebook are generated
-too. ``--check`` writes nothing, and fails with the names of outdated files.
+``<!-- reference NAME ... -->`` for docstrings. Pictures, the tutorial's notebook and the
+changelog's page are generated too. ``--check`` writes nothing, and fails with the names of outdated
+files.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ def generated() -> dict[Path, str]:
                 lambda part: f"{part[1]}\n{make[part[2]](part[3].strip())}\n\n", text
             )
     files[DOCS / "tutorial.ipynb"] = notebook.from_markdown((DOCS / "tutorial.md").read_text())
+    files[DOCS / "changelog.md"] = (DOCS.parent / "CHANGELOG.md").read_text()
     return files
 
 
