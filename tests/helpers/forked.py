@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,8 @@ def _serve(name: str) -> dict:
                 end = os.waitid(os.P_PIDFD, fork, os.WEXITED)
                 code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
                 if connection not in ready:
-                    connection.sendall(f"{code}\n".encode())
+                    with suppress(ConnectionError):
+                        connection.sendall(f"{code}\n".encode())
                 del forks[connection]
                 connection.close()
                 os.close(fork)
@@ -146,7 +147,8 @@ def _serve(name: str) -> dict:
         for file in files:
             os.close(file)
         forks[connection] = os.pidfd_open(pid)
-        connection.sendall(f"{pid}\n".encode())
+        with suppress(ConnectionError):  # the client was killed: the next round ends the fork
+            connection.sendall(f"{pid}\n".encode())
     os._exit(0)
 
 

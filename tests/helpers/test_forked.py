@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import forked
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
@@ -40,3 +45,13 @@ def test_signals_end_both(forked_python, number):
     while process.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_client_that_ends_before_the_answer_leaves_the_server(forked_python):
+    request = {"words": ["-c", SLEEP], "folder": os.getcwd(), "environment": dict(os.environ)}
+    for _ in range(3):
+        with forked._connect(str(forked_python)) as client, open(os.devnull, "w") as null:
+            text = json.dumps(request).encode() + b"\n"
+            socket.send_fds(client, [text], [null.fileno()] * 3)
+    done = subprocess.run([forked_python, "-c", "raise SystemExit(7)"])
+    assert done.returncode == 7
