@@ -170,7 +170,8 @@ def test_servers_compute_single_experts(family, grouping, tmp_path):
 def test_single_experts_whose_gate_and_up_take_turns(tmp_path):
     """SGLang reads gpt-oss' single experts; vLLM and llama.cpp do not, so a warning says so."""
     model = adapted(base("gpt_oss"))
-    with pytest.warns(UserWarning, match="stack its experts.*layout='peft'.*llama.cpp reads no"):
+    said = "stack its experts.*layout='peft'.*llama.cpp reads no LoRA"
+    with pytest.warns(UserWarning, match=said):
         config, tensors = export(tmp_path, model, expert_layout="per-expert")
     expected = {**linear_changes(model), **single("gpt_oss", model)}
     assert_close(sglang(config, tensors, base("gpt_oss"), 16), expected)

@@ -143,7 +143,8 @@ def test_the_fast_path_of_torchs_encoder_in_peft_is_warned_of(targets, tmp_path)
     """In eval mode the fast path skips PEFT's adapter, until the fast path is disabled."""
     base = ENCODER.build().eval()
     model = patched(base, target_modules=targets)
-    with pytest.warns(UserWarning, match="skips the adapters.*fastpath_enabled.*merge_and_unload"):
+    said = "skips the adapters.*set_fastpath_enabled.*merge_and_unload"
+    with pytest.warns(UserWarning, match=said):
         rasa_ext.export_lora(model, tmp_path)
     expected, plain = logits(ENCODER, model.eval()), logits(ENCODER, base)
     loaded = load_in_peft(base, tmp_path)

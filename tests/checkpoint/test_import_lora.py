@@ -202,7 +202,10 @@ def test_tensors_that_are_refused(tmp_path):
         ({key: t for key, t in stored.items() if key != B}, "lora_B is missing"),
         (stored | {A: torch.ones(5, 24, 1, 1)}, "convolutions are not supported"),
         (stored | {A: torch.ones(4, 24)}, r"lora_A \(r, in\) and lora_B"),
-        (stored | {A: torch.ones(5, 23)}, r"the layer's \(out, in\) \(.* for .*, got \(\d+, 23\)"),
+        (
+            stored | {A: torch.ones(5, 23)},
+            r"the layer's \(out, in\) \(\d+, \d+\) for .*, got \(\d+, 23\)",
+        ),
         (elsewhere, "not in the model"),
         ({"base_model.model.model.norm.weight": torch.ones(24)}, "found none"),
         (stored | {"base_model.model.model.gone.weight": torch.ones(2)}, "has no 'model.gone'"),

@@ -138,7 +138,7 @@ def test_a_file_where_the_folder_was_expected(tmp_path):
 
 def test_a_config_of_nothing(tmp_path):
     (saved(tmp_path) / "adapter_config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"got none; check that this is the folder of"):
+    with pytest.raises(ValueError, match=r"got none; check that this is the folder of an adapter"):
         rasa_ext.load_adapter(LLAMA.build(), tmp_path)
 
 

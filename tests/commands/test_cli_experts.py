@@ -52,7 +52,8 @@ def test_export_for_peft(layout, places, tmp_path, recwarn):
     text = invoke("export-lora", places["slot"], "--output", tmp_path / "lora", *words)
     assert f"The LoRA takes {size_of(tmp_path / 'lora'):.2f} MiB." in text
     assert text.index("The LoRA takes") < text.index("LoRA of rank 4 in")
-    assert "PEFT loads it, and so does vLLM if it stores the model's experts" in text
+    said = "PEFT loads it, and so does vLLM if it stores the model's experts in three dimensions"
+    assert said in text
     assert "vllm serve" not in text
     warned = [str(w.message) for w in recwarn if "--expert-layout per-expert" in str(w.message)]
     assert len(warned) == (layout is None)

@@ -156,7 +156,7 @@ def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path)
     learnt = sum(label != IGNORE for label in whole["labels"][:cut])
     text = said(rows, 2, cut, tmp_path)
     assert f"2 examples, {learnt} tokens to learn" in text
-    assert f"--seq-len {cut}: 1 examples have no completion token" in text
+    assert f"--seq-len {cut}: 1 examples have no completion token within this length" in text
     assert "left out; 1 more reach it and may be cut" in text
     rows = prepared(examples[1:], tokenizer, tmp_path, template=False, max_length=5)
     with pytest.raises(DataError, match=r"seq_len: none of the 1 examples .* within 5 tokens"):

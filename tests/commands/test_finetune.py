@@ -419,7 +419,10 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
         ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
-        ({"training_arguments": "report_to: pigeon"}, "report_to: expected installed integrations"),
+        (
+            {"training_arguments": "report_to: pigeon"},
+            "report_to: expected installed integrations (",
+        ),
         ({"training_arguments": "pigeon: 1"}, "training_arguments: SFTConfig has no pigeon."),
         ({"training_arguments": "max_grad_nrm: 1"}, "no max_grad_nrm; did you mean max_grad_norm?"),
         ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),

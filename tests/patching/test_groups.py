@@ -144,7 +144,9 @@ def test_bad_groups(groups, said):
 
 
 def test_a_callable_has_no_form_in_a_file():
-    with pytest.raises(ValueError, match="groups: a callable cannot be saved in a file; patch a"):
+    with pytest.raises(
+        ValueError, match="groups: a callable cannot be saved in a file; patch a model"
+    ):
         RasaConfig(groups=by_end).to_dict()
 
 

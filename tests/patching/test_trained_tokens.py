@@ -216,7 +216,11 @@ BAD = {
     "too large": ([32], {}, "below 32, .*'embed', got 32; .*resize"),
     "no such": ({"wte": [1]}, {}, "no name ends in 'wte'; .*'embed'"),
     "differ": ({"embed": [1], "readout": [2]}, {}, "same tokens for 'embed' and 'readout'"),
-    "saved": ([1], {"modules_to_save": ["embed"]}, r"'embed' is also .*_to_save \('embed'\)"),
+    "saved": (
+        [1],
+        {"modules_to_save": ["embed"]},
+        r"'embed' is also .*modules_to_save \('embed'\)",
+    ),
     "tied one saved": ([1], {"modules_to_save": ["readout"]}, "'readout' is also trained in full"),
     "adapted": ([1], {"target_modules": ["body", "readout"]}, "also adapts 'readout'"),
 }

@@ -313,10 +313,10 @@ REFUSED = {
     "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
     "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient to its input"),
-    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its"),
+    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its input"),
     "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) has rearranged .*patch it before eval"),
     "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts that"),
-    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) passes no gradient to its"),
+    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) passes no gradient to its input"),
 }  # fmt: skip
 
 

@@ -86,7 +86,10 @@ def test_options_reach_what_they_are_for(base, data, tmp_path):
         (["--points", 2], "points: expected at least 3, got 2."),
         (["--k", 0], "k: expected at least 1, got 0."),
         (["--blocks", "model.norm"], "got 'model.norm': a LlamaRMSNorm."),
-        (["--blocks", "h"], "expected the name of a ModuleList, such as model.layers, got 'h'"),
+        (
+            ["--blocks", "h"],
+            "blocks: expected the name of a ModuleList, such as model.layers, got 'h'",
+        ),
         (["--target-modules", "nothing"], "target_modules: expected names of linear layers"),
         (["--pooling", "first"], "expected at least 3 different points, got 1 of 40"),
     ],

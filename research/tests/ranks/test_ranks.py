@@ -138,7 +138,10 @@ def test_the_formula():
     assert block_ranks(dimensions, k=3) == [5, 3, 3, 4, 3]
     for message, words in (
         ("k: expected at least 1, since no rank may be 0, got 0", (dimensions, 0)),
-        ("dimensions: expected finite numbers, one before every block and one after", ([1.0],)),
+        (
+            "dimensions: expected finite numbers, one before every block and one after the last",
+            ([1.0],),
+        ),
         ("dimensions: expected finite numbers", ([1.0, math.inf],)),
     ):
         with pytest.raises(ValueError, match=message):

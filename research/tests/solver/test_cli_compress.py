@@ -59,7 +59,8 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     figures = f"{error:.4f} {lora:.4f} {error / lora:.4f} {equal:.4f} {error / equal:.4f}"
     assert f"all {figures}" in text
     ours, loras = expected.num_parameters, expected.lora_num_parameters
-    assert f"{ours:,} parameters, {ours / loras - 1:+.1%} compared with the {loras:,} of" in text
+    said = f"{ours:,} parameters, {ours / loras - 1:+.1%} compared with the {loras:,} of a LoRA of"
+    assert f"{said} rank 4" in text
     assert f"Not in the adapter: {expected.residual_share:.2%} of the squared change" in text
     assert "model.layers.*.input_layernorm.weight (2): changed by" in text
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
