@@ -132,8 +132,15 @@ def _gsm8k(
 ) -> Task:
     """Make the task from GSM8K's own split; dev rows are the last of the training set that fit."""
     train, test = (_of_gsm8k(split, folder) for split in ("train", "test"))
+    drawn = sizes["train"] + sizes["dev"]
+    fitting = _encoded(train, tokenizer, drawn, seq_len)
+    if len(fitting) < drawn:
+        raise ValueError(
+            f"train, dev: expected at most {len(fitting)} rows together, which have at most "
+            f"{seq_len} tokens, got {drawn}."
+        )
     rows = {
-        "train": _encoded(train, tokenizer, sizes["train"], seq_len),
+        "train": fitting[: sizes["train"]],
         "dev": _encoded(reversed(train), tokenizer, sizes["dev"], seq_len),
         "test": _encoded(test, tokenizer, sizes["test"], seq_len),
     }

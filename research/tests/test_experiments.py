@@ -160,6 +160,8 @@ def test_gsm8k_is_its_own_files_and_rows_fit(tmp_path, monkeypatch):
     ):
         make_task("gsm8k", tokenizer, **sizes)
     monkeypatch.setattr(tasks, "_GSM8K", marks)
+    with pytest.raises(ValueError, match=r"train, dev: expected at most 12 rows .* got 13"):
+        make_task("gsm8k", tokenizer, **sizes | {"train": 11}, gsm8k=tmp_path)
     task = make_task("gsm8k", tokenizer, **sizes, gsm8k=tmp_path)
     texts = [[tokenizer.decode(r["input_ids"]) for r in rows] for rows in (task.train, task.dev)]
     assert ["train 2" in text for text in texts[0]] == [True] * 4
