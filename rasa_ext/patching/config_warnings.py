@@ -73,7 +73,7 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str
         name, (out, width) = small[0].names[0], small[0].shape
         yield (
             f"{argument}: {config.rank} is above the smaller side of {name!r}, (out, in) ({out}, "
-            f"{width}){f', and of {count - 1} more layers' if count > 1 else ''}; a change of this "
+            f"{width}){f', and of {count - 1} more' if count > 1 else ''}; a change of this "
             f"weight has rank {min(out, width)} at most. Use a smaller rank, leave such layers out "
             "with exclude_modules, or train them in full with modules_to_save."
         )
