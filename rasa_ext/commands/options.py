@@ -122,7 +122,8 @@ class FinetuneOptions:
             tensorboard', or 'max_grad_norm: 0.5, optim: lion_32bit'.
         resume: Continue from the newest checkpoint in --output. All options must be those of
             that run, except --gradient-checkpointing, --eval-steps and --save-steps.
-        overwrite: Replace the contents of the output directory.
+        overwrite: Replace an earlier run's checkpoints and adapter in the output directory; other
+            files stay.
 
     Raises:
         ValueError: an option is invalid; the message names it, with the expected and the actual

@@ -24,7 +24,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The options of a command that writes a directory.
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace the contents of the output directory.")]
+Overwrite = Annotated[
+    bool, typer.Option(help="Replace an earlier model in the output directory; other files stay.")
+]
 
 
 def options_of(
