@@ -117,7 +117,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     elif nearest == output and not overwrite and any(output.iterdir()):
         raise ValueError(
             f"output: expected a new folder or an empty one, but {output} holds files; pass "
-            "--overwrite to replace them, or choose another --output."
+            "--overwrite to replace an earlier model there, or choose another --output."
         )
     elif not _may_write(nearest):
         number = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES

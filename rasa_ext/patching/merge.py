@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -258,7 +258,9 @@ def _merge(
     check_rows_finite((repr(n), m.rows, m.base_layer.weight) for n, m in row_owners(root))
     parts = _parts(root)
     _check_dtype(dtype, parts)
-    _check_own_weights(root, [part for part in parts if not part.is_quantized])
+    dense = [part for part in parts if not part.is_quantized]
+    _check_in_memory(dense)
+    check_own_weights(root, [(part.name, part.base, part.weight) for part in dense])
     merging = Merging(dtype or model_dtype(root), subtract, keep_base)
     if not keep_base:  # this cannot be undone: check all results before the first write
         check_parts(parts, merging.dtype, "model")
@@ -315,14 +317,24 @@ def _check_not_capturing() -> None:
         )
 
 
-def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
-    """Raise ValueError if a weight is not here, or a merge would change another module with it."""
+def _check_in_memory(parts: Iterable[Part]) -> None:
+    """Raise ValueError if a weight is not in memory, or is computed from others."""
     if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
         raise ValueError(
             f"model: expected base weights to merge into, but the weight of {offloaded!r} is "
             "offloaded or on the meta device; load the base without offloading, or export instead "
             "of merging."
         )
+    for part in parts:
+        if part.expert is None:
+            check_weight_is_stored(part.name, part.base)
+
+
+def check_own_weights(root: nn.Module, weights: Iterable[tuple[str, nn.Module, Tensor]]) -> None:
+    """Raise ValueError if merging into a weight would change another module, too.
+
+    ``weights`` has name, module and weight of each layer to merge into.
+    """
     # torchao's tensors have no storage of their own, and thus all have one address.
     quantized = (module for module in root.modules() if format_of(module) is not None)
     wrappers = {id(stored_weight(module)) for module in quantized}
@@ -330,18 +342,16 @@ def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) not in wrappers:
             users.setdefault(parameter.data_ptr(), []).append(name)
-    for part in parts:
-        if part.expert is None:
-            check_weight_is_stored(part.name, part.base)
+    for layer, base, weight in weights:
         # A module registered under several names is one layer; only other modules count. The
         # address of a stacked weight is the address of the first expert.
         others = [
             other
-            for other in users.get(part.weight.data_ptr(), ())
-            if root.get_submodule(other.rpartition(".")[0]) is not part.base
+            for other in users.get(weight.data_ptr(), ())
+            if root.get_submodule(other.rpartition(".")[0]) is not base
         ]
         if others:
             raise ValueError(
-                f"model: the weight of {part.name!r} is shared with {', '.join(others)}, which a "
+                f"model: the weight of {layer!r} is shared with {', '.join(others)}, which a "
                 "merge would change as well; untie the weights, or export instead of merging."
             )

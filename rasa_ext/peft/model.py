@@ -15,7 +15,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import ExpertWeight
-from rasa_ext.base_layers.linear import LinearLayer, check_weight_is_stored, is_conv1d
+from rasa_ext.base_layers.linear import (
+    LinearLayer,
+    check_weight_is_stored,
+    is_conv1d,
+    stored_weight,
+)
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.split import split_of
 from rasa_ext.base_layers.survey import base_device, check_base, survey
@@ -27,6 +32,7 @@ from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
+from rasa_ext.patching.merge import check_own_weights
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import (
     let_adapters_work,
@@ -310,13 +316,18 @@ class RasaModel(BaseTuner):
         warn_dequantized(merging.changes, stacklevel + 2)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        names = adapter_names or self.active_adapters
+        weights = []
         for name, module in self.model.named_modules():
             if isinstance(module, RasaPeftLinear) and format_of(module.base_layer) is None:
                 check_weight_is_stored(name, module.base_layer)
+                if module.configs.keys() & set(names):
+                    base = module.base_layer
+                    weights.append((name, base, stored_weight(base)))
+        check_own_weights(self.model, weights)
         if safe_merge:
             for owner in self.owners():
                 owner.check_merge(adapter_names)
-            names = adapter_names or self.active_adapters
             check_rows_finite(rows_in_tables(self.model, names))
 
     def _replace_module(

@@ -218,6 +218,16 @@ def test_a_weight_that_is_made_of_others_takes_no_merge(call):
         assert same_bits(model(x), expected)
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_tied_weight_takes_no_merge(call):
+    """An embedding that shares the head's weight would change with the head."""
+    model = adapted(models.TIED.build(), target_modules=["readout"])
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"'readout' is shared with .*embed.*; untie the weights"):
+        getattr(model, call)()
+    before.assert_unchanged()
+
+
 @sides(*FAMILIES)
 def test_delta_weight_is_the_oracles(side):
     others = [adapted(GPT2.build())] if side is LINEAR else []
