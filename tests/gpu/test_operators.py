@@ -11,10 +11,10 @@ import torch
 import rasa_ext
 from rasa_ext import ops
 from tests.gpu.steps import check_layer
+from tests.helpers import linear_cases
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.cuda import assert_close
 from tests.helpers.operators import DTYPES, draw_mask, floor, shifted
-from tests.ops import test_linear
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -64,12 +64,12 @@ def test_few_tokens(tokens, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_pieces_of_flat_buffers(tokens, place, dtype, device):
     """Outputs and gradients are right if a tensor starts 1, 2 or 4 elements into its memory."""
-    tensors = test_linear.draw((tokens, 64, 72, 16), dtype, device)
-    expected = test_linear.operators(*tensors)
+    tensors = linear_cases.draw((tokens, 64, 72, 16), dtype, device)
+    expected = linear_cases.operators(*tensors)
     for offset in (1, 2, 4):
         moved = list(tensors)
         moved[place] = shifted(tensors[place], offset)
-        found = test_linear.operators(*moved)
+        found = linear_cases.operators(*moved)
         assert_close(list(found.values()), list(expected.values()), dtype)
 
 
@@ -95,9 +95,9 @@ def skinny_products(x, weight, bias, Ap, Bp, grad, U, *mask):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_skinny_products(sizes, dtype, dropout, device, monkeypatch):
     """The kernels' errors are at most twice cuBLAS's, and repeated results are bit-identical."""
-    tensors = test_linear.draw(sizes[device != "cuda"], dtype, device)
+    tensors = linear_cases.draw(sizes[device != "cuda"], dtype, device)
     mask, kept = draw_mask(tensors[0], dropout)
-    wide = test_linear.formulas(*(t.double() for t in tensors), kept)
+    wide = linear_cases.formulas(*(t.double() for t in tensors), kept)
     if dropout:
         tensors[0][~kept] = torch.nan  # dropped elements must have no effect
     found, again = (skinny_products(*tensors, *mask) for _ in range(2))
@@ -126,9 +126,9 @@ def rank_by_rank(U, Bp):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_few_tokens_of_a_large_rank(tokens, rank, dtype, device):
     sizes = (tokens, 1024, 1000, rank) if device == "cuda" else (tokens, 9, 6, rank)
-    tensors = test_linear.draw(sizes, dtype, device)
+    tensors = linear_cases.draw(sizes, dtype, device)
     x, weight, bias, Ap, Bp, base, _ = tensors
-    wide = test_linear.formulas(*(t.double() for t in tensors))
+    wide = linear_cases.formulas(*(t.double() for t in tensors))
     y, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
     found = {"y": y, "U": U, "added": ops.low_rank_add(base, x, Ap, Bp)[0]}
     narrow = rank_by_rank(x @ Ap.T, Bp) if dtype == torch.float32 else (x @ Ap.T) @ Bp

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.linear_cases import EMPTY, draw
 from tests.helpers.operators import DTYPES, columns, every_other, one_row, part, shifted
 from tests.helpers.threads import run_in_threads
-from tests.ops.test_linear import EMPTY, draw
 
 # Ways in which cublasLt refuses a product: a status, no result, a bad result, an error on launch.
 REFUSALS = {"status": 1, "no result": 2, "state": 3, "product": 4}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.group_cases import draw, formulas, operators
 from tests.helpers.operators import DTYPES, check_values, columns, shifted
-from tests.ops.test_layers import draw, formulas, operators
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.linear_cases import draw
 from tests.helpers.operators import DTYPES, random_mask
-from tests.ops.test_linear import draw
 
 SHAPE = (17, 9, 7, 3)
 

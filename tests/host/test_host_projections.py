@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.test_fused_projections import SHAPES, draw
+from tests.helpers.projection_cases import SHAPES, draw
 
 
 def test_products(host):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rasa_ext import ops
+from tests.helpers import projection_cases
+from tests.helpers.linear_cases import draw, formulas, operators
 from tests.helpers.operators import check_values, columns, draw_mask, part, shifted
-from tests.ops import test_fused_projections
-from tests.ops.test_linear import draw, formulas, operators
 
 SHAPE = (1024, 64, 72, 16)  # the fewest tokens for the kernels, in, out, rank
 # Y = U Bp and Y += X W^T; dX = H Ap and dX += G W.
@@ -103,12 +103,12 @@ def test_what_is_left_to_cublas(host, shape, dtype):
 def test_projections(host, dtype, drop, monkeypatch):
     """One down-projection computes 48 ranks; each projection's H and U are adjacent columns."""
     shape = 1024, 64, ((72, 16), (40, 16), (40, 16))
-    tensors = test_fused_projections.draw(shape, dtype, "cpu")
+    tensors = projection_cases.draw(shape, dtype, "cpu")
     host.take_over(monkeypatch)
     host.reset()
     check_values(
-        test_fused_projections.operators,
-        test_fused_projections.formulas,
+        projection_cases.operators,
+        projection_cases.formulas,
         tensors,
         *draw_mask(tensors[0], drop),
     )

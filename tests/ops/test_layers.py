@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from rasa_ext import ops
+from tests.helpers.group_cases import draw, formulas, operators
 from tests.helpers.operators import (
     DTYPES,
     LAYOUTS,
@@ -25,41 +26,6 @@ SHAPES = (
     (3, 5, 9, 7, 9), (1, 1, 1, 1, 1), (2, 0, 6, 4, 2), (4, 4, 16, 1, 7), (2, 17, 16, 24, 48),
     (2, 3, 0, 7, 2), (2, 3, 9, 0, 2), (3, 4, 9, 7, 0), (2, 4, 0, 6, 0), (2, 4, 5, 0, 0),
 )  # fmt: skip
-
-
-def draw(shape, dtype, device):
-    """Draw x, weights, bias, Ap, Bp, grad and an independent U."""
-    layers, tokens, width, out, rank = shape
-
-    def random(*size):
-        return torch.randn(*size, device=device).to(dtype)
-
-    return [
-        random(layers, tokens, width),
-        [random(out, width) for _ in range(layers)],
-        random(layers, out),
-        random(layers, rank, width),
-        random(layers, rank, out),
-        random(layers, tokens, out),
-        random(layers, tokens, rank),
-    ]
-
-
-def formulas(x, weights, bias, Ap, Bp, grad, saved, kept=None):
-    W, U, H = torch.stack(weights), x @ Ap.mT, grad @ Bp.mT
-    return {
-        "y": x @ W.mT + U @ Bp + (0 if bias is None else bias[:, None]),
-        "U": U,
-        "dx": grad @ W + H @ Ap,
-        "dAp": H.mT @ x,
-        "dBp": saved.mT @ grad,
-    }
-
-
-def operators(x, weights, bias, Ap, Bp, grad, saved):
-    y, U = ops.linear_group(x, weights, bias, Ap, Bp)
-    dx, dAp, dBp = ops.linear_group_backward(grad, x, weights, saved, Ap, Bp, True, True)
-    return {"y": y, "U": U, "dx": dx, "dAp": dAp, "dBp": dBp}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
