@@ -9,36 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rasa_ext
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
-from tests.helpers.processes import launch
+from tests.helpers.processes import PARITY, adapter_difference, launch, torchrun
 from tests.workers import trainer, training
-
-PARITY = 1e-6
-
-
-def difference(one: Path, two: Path) -> float:
-    """Check that two adapters' files differ only in values; return the largest difference."""
-    config = "adapter_config.json"
-    assert (one / config).read_bytes() == (two / config).read_bytes()
-    a, b = (load_file(directory / "adapter_model.safetensors") for directory in (one, two))
-    assert a.keys() == b.keys()
-    assert all(a[key].dtype == b[key].dtype for key in a)
-    return max((a[key] - b[key]).abs().max().item() for key in a if a[key].numel())
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, forked_python) -> Path:
     """torchrun's output: one directory for each recipe and case."""
-    directory = tmp_path_factory.mktemp("trained")
-    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-    launch(forked_python, "torch.distributed.run", "training.py", directory, *meet)
-    return directory
+    return torchrun(forked_python, "training.py", tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.parametrize("case", training.CASES)
@@ -47,7 +31,7 @@ def test_two_processes_train_as_one(recipe, case, trained, tmp_path, figure):
     model, losses, norms = training.train(training.alone(training.CASES[case]))
     rasa_ext.save_adapter(model, tmp_path)
     there = trained / f"{recipe}-{case}"
-    adapters = difference(tmp_path, there)
+    adapters = adapter_difference(tmp_path, there)
     losses_there, norms_there = torch.load(there / "steps.pt")
     apart = (losses_there - losses).abs().max().item()
     norms_apart = (norms_there / norms - 1).abs().max().item()
@@ -63,7 +47,7 @@ def test_two_processes_train_as_one(recipe, case, trained, tmp_path, figure):
 
 
 def test_an_adapter_from_one_process_in_a_sharded_model(trained, figure):
-    assert difference(trained / "start", trained / "again") == 0
+    assert adapter_difference(trained / "start", trained / "again") == 0
     model = rasa_ext.load_adapter(LLAMA.build(), trained / "again").eval()
     with torch.no_grad():
         logits = LLAMA.call(model, **LLAMA.inputs(0))
@@ -133,7 +117,7 @@ def test_accelerate_launch_with_trainer(how, tmp_path, figure, forked_python):
     trainer.train(one, processes=1)
     losses = [torch.tensor(json.loads((d / "losses.json").read_text())) for d in (one, two)]
     apart = (losses[0] - losses[1]).abs().max().item()
-    adapters = difference(one, two)
+    adapters = adapter_difference(one, two)
     figure(f"accelerate, Trainer, {how}: two processes differ by {apart:.1e}, {adapters:.1e}")
     assert len(losses[0]) == 4
     assert losses[0][0] > losses[0][-1]

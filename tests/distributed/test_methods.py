@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.methods import CASES, case
-from tests.helpers.processes import launch
+from tests.helpers.processes import torchrun
 from tests.workers import family
 
 FAMILY = family.FAMILY
@@ -18,18 +18,7 @@ FAMILY = family.FAMILY
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, forked_python) -> Path:
     """The output folder of two processes."""
-    return run("family.py", tmp_path_factory.mktemp("family"), forked_python)
-
-
-def run(worker: str, directory: Path, python: Path) -> Path:
-    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-    launch(python, "torch.distributed.run", worker, directory, *meet)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def outputs(left) -> dict[str, torch.Tensor]:
-    return torch.load(left / "outputs.pt")
+    return torchrun(forked_python, "family.py", tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(params=CASES)
@@ -42,13 +31,14 @@ def changed(request) -> tuple[str, family.Change]:
     return request.param
 
 
-def test_two_processes_train_as_one(name, outputs):
+def test_two_processes_train_as_one(name, left):
+    outputs = torch.load(left / "outputs.pt")
     torch.testing.assert_close(outputs[name], family.train(case(name)), rtol=1e-9, atol=1e-11)
 
 
-def test_two_processes_change_an_adapter_as_one(changed, outputs):
+def test_two_processes_change_an_adapter_as_one(changed, left):
     """This holds for any random state of each process; ``change`` checks for equal parameters."""
-    name, change = changed
+    (name, change), outputs = changed, torch.load(left / "outputs.pt")
     alone = family.change(change, "alone")
     for how in ("ddp", "shard") if change.ddp else ("shard",):
         torch.testing.assert_close(outputs[f"{name}, {how}"], alone, rtol=1e-9, atol=1e-11)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import rasa_ext
 from tests.helpers.adapters import randomize
 from tests.helpers.models import LLAMA
-from tests.helpers.processes import launch
+from tests.helpers.processes import torchrun
 from tests.workers import split
 
 PARITY = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -27,9 +27,7 @@ def halves(tmp_path_factory, forked_python) -> Path:
     model = split.adapted(split.whole("biased"))
     randomize(model, 7)
     rasa_ext.save_adapter(model, directory / "start")
-    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-    launch(forked_python, "torch.distributed.run", "split.py", directory, *meet)
-    return directory
+    return torchrun(forked_python, "split.py", directory)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import rasa_ext
-from tests.distributed.test_ddp import PARITY, difference
-from tests.helpers.processes import launch
+from tests.helpers.processes import PARITY, adapter_difference, torchrun
 from tests.readers.environments import beside
 from tests.workers import zero
 
@@ -25,13 +24,10 @@ pytestmark = pytest.mark.engines
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("zero")
-    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
     programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for ninja
     variables = {"PYTHONPATH": str(beside("deepspeed")), "PATH": programs}
     with mock.patch.dict(os.environ, variables, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
-        launch(Path(sys.executable), "torch.distributed.run", "zero.py", directory, *meet)
-    return directory
+        return torchrun(Path(sys.executable), "zero.py", tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.parametrize("name", [name for name in zero.CASES if name != "zero3"])
@@ -40,7 +36,7 @@ def test_two_processes_train_as_one(name, trained, tmp_path, figure, record_prop
     assert not said.exists(), said.read_text()
     model, losses, norms = zero.alone(zero.CASES[name])
     rasa_ext.save_adapter(model, tmp_path)
-    adapters = difference(tmp_path, trained / name)
+    adapters = adapter_difference(tmp_path, trained / name)
     losses_there, norms_there = torch.load(trained / name / "steps.pt")
     apart = (losses_there - losses).abs().max().item()
     norms_apart = (norms_there / norms - 1).abs().max().item()

@@ -1,4 +1,4 @@
-"""Run worker scripts in several processes."""
+"""Run worker scripts in several processes, and compare the adapters that they write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import socket
 import subprocess
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 WORKERS = Path(__file__).parents[1] / "workers"
+PARITY = 1e-6
+"""Largest difference in float32 between a training in one process and in two."""
 
 
 def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> None:
@@ -24,3 +28,20 @@ def launch(python: Path, launcher: str, worker: str, directory: Path, *options: 
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def torchrun(python: Path, worker: str, directory: Path) -> Path:
+    """Run a script under torchrun in two processes; return the folder that it writes to."""
+    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
+    launch(python, "torch.distributed.run", worker, directory, *meet)
+    return directory
+
+
+def adapter_difference(one: Path, two: Path) -> float:
+    """Check that two adapters' files differ only in values; return the largest difference."""
+    config = "adapter_config.json"
+    assert (one / config).read_bytes() == (two / config).read_bytes()
+    a, b = (load_file(directory / "adapter_model.safetensors") for directory in (one, two))
+    assert a.keys() == b.keys()
+    assert all(a[key].dtype == b[key].dtype for key in a)
+    return max((a[key] - b[key]).abs().max().item() for key in a if a[key].numel())

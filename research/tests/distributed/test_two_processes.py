@@ -9,19 +9,18 @@ import pytest
 
 from research.tests.distributed import family_worker
 from research.tests.distributed.family_worker import FAMILY
-from tests.distributed.test_methods import (  # noqa: F401 - tests and a fixture, run here
-    outputs,
-    run,
+from tests.distributed.test_methods import (  # noqa: F401 - tests, run here
     test_two_processes_change_an_adapter_as_one,
     test_two_processes_train_as_one,
 )
+from tests.helpers.processes import torchrun
 from tests.workers.family import Change
 
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, forked_python) -> Path:
     """The folder with the files of two processes."""
-    return run(family_worker.__file__, tmp_path_factory.mktemp("family"), forked_python)
+    return torchrun(forked_python, family_worker.__file__, tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(params=FAMILY.cases)
