@@ -12,10 +12,9 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rasa_ext
-from tests.checkpoint.test_serving import tied
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, content, patched
-from tests.helpers.models import GPT2, LLAMA
+from tests.helpers.models import GPT2, LLAMA, TIED_LLAMA
 from tests.helpers.serving_rules import read
 
 BASE = LLAMA.build()
@@ -110,7 +109,7 @@ REFUSED = {
         "format: .* has trained model.norm.weight; save what rasa_ext.merge_and_unload",
     ),
     "tied head": (
-        lambda: patched(tied(), target_modules=["q_proj", "lm_head"]),
+        lambda: patched(TIED_LLAMA.build(), target_modules=["q_proj", "lm_head"]),
         "format: .*lm_head is tied to the embedding",
     ),
 }

@@ -19,8 +19,8 @@ from rasa_ext.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import adapters, patched, randomize, through_file
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
+from tests.helpers.trained_tokens import with_moved_rows
 from tests.helpers.trainers import QUIET
-from tests.patching.test_trained_tokens import moved
 
 
 def logits(entry, model):
@@ -63,7 +63,7 @@ def test_merged_experts(family, tmp_path):
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)  # GPT2's head is tied
 def test_merged_rows_of_tokens(entry, tmp_path):
-    model = moved(entry)
+    model = with_moved_rows(entry)
     expected = logits(entry, model)
     rasa_ext.merge(model)
     model.save_pretrained(tmp_path)

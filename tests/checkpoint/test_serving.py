@@ -11,7 +11,7 @@ import rasa_ext
 from rasa_ext.checkpoint import serving
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, patched
-from tests.helpers.models import GPT2, LLAMA
+from tests.helpers.models import GPT2, LLAMA, TIED_LLAMA
 from tests.helpers.serving_rules import READERS, VLLM_RANKS, Refused, read
 
 BASE = LLAMA.build()
@@ -82,7 +82,7 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
             rf"q_proj is adapted without v_proj in 3 layers\. SGLang.*{NO_SERVER}",
         ),
         (
-            lambda: patched(tied(), target_modules=["q_proj", "v_proj", "lm_head"]),
+            lambda: patched(TIED_LLAMA.build(), target_modules=["q_proj", "v_proj", "lm_head"]),
             ["llama.cpp"],
             "lm_head is tied to the embedding, and llama.cpp refuses",
         ),
@@ -142,14 +142,6 @@ def test_what_a_reader_would_drop_is_not_written_unless_asked(case, tmp_path):
     if "lm_head" not in options.get("modules_to_save", ()):  # llama.cpp refuses a trained head
         found = READERS[reader](config, tensors, BASE, 16)
         assert 2 * len(found) < len(tensors)
-
-
-def tied():
-    from transformers import LlamaForCausalLM
-
-    config = copy.deepcopy(BASE.config)
-    config.tie_word_embeddings = True
-    return LlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import rasa_ext
 from tests.helpers.adapters import same_adapters, same_bits
-from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, ids
+from tests.helpers.models import BERT, GEMMA, GPT2, LLAMA, T5, TIED, ids
 from tests.helpers.serving_rules import READERS, Refused, read
-from tests.patching.test_trained_tokens import GEMMA, IDS, TABLES, moved
+from tests.helpers.trained_tokens import IDS, TABLES, with_moved_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups", "ignore:Conv1D", "ignore:the model has")
 KEY = "base_model.model.{}.token_adapter.trainable_tokens_delta"
@@ -26,7 +26,7 @@ def files(directory):
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, BERT, TIED], ids=ids)
 def test_save_and_load(entry, tmp_path):
-    model = moved(entry)
+    model = with_moved_rows(entry)
     rasa_ext.save_adapter(model, tmp_path)
     config, tensors = files(tmp_path)
     assert config["trainable_token_indices"] == IDS
@@ -35,14 +35,14 @@ def test_save_and_load(entry, tmp_path):
     assert not [key for key in tensors if key.endswith("embed.weight")]
     loaded = rasa_ext.load_adapter(entry.build(), tmp_path)
     assert same_adapters(loaded, model)
-    again = rasa_ext.load_adapter(moved(entry, seed=9), tmp_path)  # into a patched model
+    again = rasa_ext.load_adapter(with_moved_rows(entry, seed=9), tmp_path)  # into a patched model
     assert same_adapters(again, model)
     rasa_ext.save_adapter(loaded, tmp_path / "again")
     assert tensors.keys() == files(tmp_path / "again")[1].keys()
 
 
 def test_a_merged_model_saves_the_same(tmp_path):
-    model = moved(TIED)
+    model = with_moved_rows(TIED)
     for name in ("before", "merged"):
         rasa_ext.save_adapter(model, tmp_path / name)
         rasa_ext.merge(model)
@@ -52,7 +52,7 @@ def test_a_merged_model_saves_the_same(tmp_path):
 
 def test_rows_over_another_table(tmp_path):
     """Files store the rows themselves, not changes, so the base's old rows do not matter."""
-    model, base = moved(TIED), TIED.build()
+    model, base = with_moved_rows(TIED), TIED.build()
     rasa_ext.save_adapter(model, tmp_path)
     with torch.no_grad():
         base.embed.weight[IDS] = 7.0
@@ -62,8 +62,8 @@ def test_rows_over_another_table(tmp_path):
 
 
 def test_files_that_do_not_fit(tmp_path):
-    rasa_ext.save_adapter(moved(TIED), tmp_path)
-    other = moved(TIED, [1, 2])
+    rasa_ext.save_adapter(with_moved_rows(TIED), tmp_path)
+    other = with_moved_rows(TIED, [1, 2])
     with pytest.raises(ValueError, match=r"differs .* trainable_token_indices"):
         rasa_ext.load_adapter(other, tmp_path)
     small = TIED.build()
@@ -93,7 +93,7 @@ EXPORTS = [
 
 @pytest.mark.parametrize(("entry", "given"), EXPORTS)
 def test_peft_computes_the_same(entry, given, tmp_path):
-    model = moved(entry, given)
+    model = with_moved_rows(entry, given)
     expected = entry.call(model, **entry.inputs(0)).log_softmax(-1)
     base = entry.build().eval()
     far = (entry.call(base, **entry.inputs(0)).log_softmax(-1) - expected).abs().max()
@@ -110,7 +110,7 @@ def test_peft_computes_the_same(entry, given, tmp_path):
 
 def test_an_export_is_refused_unless_asked_for(tmp_path):
     """SGLang silently ignores the rows; this is from its source, not in the readers' rules."""
-    model = moved(LLAMA)
+    model = with_moved_rows(LLAMA)
     with pytest.raises(ValueError, match=r"rows of model\.embed_tokens out.*allow_dropped=True"):
         rasa_ext.export_lora(model, tmp_path)
     assert not [*tmp_path.iterdir()]
@@ -125,7 +125,7 @@ def test_an_export_is_refused_unless_asked_for(tmp_path):
 def test_formats_of_pairs_alone(form, tmp_path):
     message = f"format: '{form}' holds only low-rank pairs .*, but trainable_token_indices"
     with pytest.raises(ValueError, match=message):
-        rasa_ext.export_lora(moved(LLAMA), tmp_path, format=form)
+        rasa_ext.export_lora(with_moved_rows(LLAMA), tmp_path, format=form)
 
 
 def test_what_peft_would_not_compute(tmp_path):
@@ -134,8 +134,8 @@ def test_what_peft_would_not_compute(tmp_path):
         pytest.warns(UserWarning, match="SGLang"),
         pytest.warns(UserWarning, match="PEFT does not use the trained rows of embed in readout"),
     ):
-        rasa_ext.export_lora(moved(TIED), tmp_path, allow_dropped=True)
-    model = moved(BERT, {"classifier": [1]})
+        rasa_ext.export_lora(with_moved_rows(TIED), tmp_path, allow_dropped=True)
+    model = with_moved_rows(BERT, {"classifier": [1]})
     with (
         pytest.warns(UserWarning, match="SGLang"),
         pytest.warns(UserWarning, match="PEFT leaves out the bias of classifier"),

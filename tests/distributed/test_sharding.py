@@ -15,7 +15,7 @@ import rasa_ext
 from rasa_ext.distributed import blocks_of, no_sync, shard_model
 from tests.helpers.adapters import content, patched
 from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, TIED, Entry, ids
-from tests.patching.test_trained_tokens import moved
+from tests.helpers.trained_tokens import with_moved_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,7 +173,7 @@ def test_a_model_of_peft(mesh, tmp_path):
 @pytest.mark.parametrize("sharded", [True, False])
 def test_trained_rows(entry, sharded, mesh, tmp_path):
     """Trained rows work with a sharded base and under DistributedDataParallel."""
-    alone, model = moved(entry).train(), moved(entry).train()
+    alone, model = with_moved_rows(entry).train(), with_moved_rows(entry).train()
     entry.loss(alone, entry.inputs(0))[1].backward()
     model = shard_model(model, mesh) if sharded else DistributedDataParallel(model)
     entry.loss(model, entry.inputs(0))[1].backward()

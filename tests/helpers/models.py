@@ -94,11 +94,11 @@ _SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
 _TEXT = {"vocab_size": 32, "max_position_embeddings": 32}
 
 
-def _llama(layers: int = 3) -> nn.Module:
+def _llama(layers: int = 3, tied: bool = False) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     more = {"num_hidden_layers": layers, "num_key_value_heads": 2, "use_cache": False}
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_TEXT, **more))
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_TEXT, **more, tie_word_embeddings=tied))
 
 
 def _gpt2(layers: int = 3) -> nn.Module:
@@ -108,6 +108,15 @@ def _gpt2(layers: int = 3) -> nn.Module:
     quiet = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     more = {"n_layer": layers, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
     return GPT2LMHeadModel(GPT2Config(**sizes, **quiet, **more))
+
+
+def _gemma() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=32, **sizes, **heads, **special))
 
 
 def _bert() -> nn.Module:
@@ -231,6 +240,9 @@ _BATCH = {"input_ids": _tokens(8, 7)}
 
 LLAMA = Entry("llama", _llama, _inputs(**_BATCH), _logits, ("lm_head",))
 GPT2 = Entry("gpt2", _gpt2, _inputs(**_BATCH), _logits, ("lm_head",))
+TIED_LLAMA = replace(LLAMA, name="tied-llama", make=functools.partial(_llama, tied=True))
+GEMMA = replace(LLAMA, name="gemma", make=_gemma)
+"""A model with scaled embeddings, a tied head and a padding token."""
 BERT = Entry("bert", _bert, _inputs(**_BATCH), _logits, ("classifier",))
 _PAIR = {"input_ids": _tokens(8, 7), "decoder_input_ids": _tokens(8, 5)}
 T5 = Entry("t5", _t5, _inputs(**_PAIR), _logits, ("lm_head",))

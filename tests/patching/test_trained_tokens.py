@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -11,38 +10,19 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.methods import AdapterConfig, LoraConfig
-from rasa_ext.nn.trained_tokens import TrainedTokens
-from tests.helpers.adapters import patched, same_bits
-from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, Checkpointed, ids
+from tests.helpers.adapters import same_bits
+from tests.helpers.models import BERT, GEMMA, GPT2, LLAMA, T5, TIED, Checkpointed, ids
 from tests.helpers.outside import VeraConfig
 from tests.helpers.refusals import Snapshot
+from tests.helpers.trained_tokens import IDS, TABLES, with_moved_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups")
-IDS = [5, 30, 11]
-TABLES = {
-    LLAMA.name: ("model.embed_tokens",),
-    GPT2.name: ("transformer.wte", "lm_head"),
-    T5.name: ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-    BERT.name: ("bert.embeddings.word_embeddings",),
-    TIED.name: ("embed", "readout"),
-}
 EVERY = [LLAMA, GPT2, T5, BERT, TIED]
 
 
 def with_rows(entry, given=IDS, **options):
     model = entry.build()
     return rasa_ext.patch_model(model, 4, 1, trainable_token_indices=given, **options)
-
-
-def moved(entry, given=IDS, dtype=torch.float32, **options):
-    """Return a patched model with randomized rows and adapters."""
-    model = patched(entry.build().to(dtype), trainable_token_indices=given, **options)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, TrainedTokens) and module.owner is None:
-                module.rows.add_(torch.randn(module.rows.shape, generator=generator))
-    return model.eval()
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
@@ -90,7 +70,7 @@ def test_what_is_trained_and_told(entry):
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 @pytest.mark.parametrize("subtract", [False, True])
 def test_merge_and_back(entry, subtract):
-    model, inputs = moved(entry), entry.inputs(0)
+    model, inputs = with_moved_rows(entry), entry.inputs(0)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     y = entry.call(model, **inputs)
     rows = model.get_submodule(TABLES[entry.name][0]).rows
@@ -107,7 +87,7 @@ def test_merge_and_back(entry, subtract):
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_off(entry):
-    base, model, inputs = entry.build().eval(), moved(entry), entry.inputs(0)
+    base, model, inputs = entry.build().eval(), with_moved_rows(entry), entry.inputs(0)
     with rasa_ext.disable_adapter(model):
         torch.testing.assert_close(entry.call(model, **inputs), entry.call(base, **inputs))
     assert not torch.allclose(entry.call(model, **inputs), entry.call(base, **inputs), atol=0.01)
@@ -118,7 +98,7 @@ def test_off(entry):
 
 
 def test_no_merge_of_what_is_not_finite():
-    model = moved(TIED)
+    model = with_moved_rows(TIED)
     with torch.no_grad():
         model.embed.rows[1, 2] = torch.inf
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -164,7 +144,7 @@ def test_resized_embeddings():
 def test_gradient_checkpointing(use_reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = moved(GPT2).train()
+        model = with_moved_rows(GPT2).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         GPT2.loss(model, GPT2.inputs(0))[1].backward()
@@ -175,22 +155,9 @@ def test_gradient_checkpointing(use_reentrant):
     assert own.embed.rows.grad.abs().max() > 0
 
 
-def gemma():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
-    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=32, **sizes, **heads, **special))
-
-
-GEMMA = dataclasses.replace(LLAMA, name="gemma", make=gemma)
-"""A model with scaled embeddings, a tied head and a padding token."""
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scaled_embeddings(dtype):
-    model = moved(GEMMA, [*IDS, 0], dtype)
+    model = with_moved_rows(GEMMA, [*IDS, 0], dtype)
     assert model.model.embed_tokens.rows.dtype == torch.float32
     inputs = GEMMA.inputs(0)
     embedded, y = model.model.embed_tokens(inputs["input_ids"]), GEMMA.call(model, **inputs)

@@ -15,7 +15,7 @@ from rasa_ext.peft.lora import export_lora
 from rasa_ext.peft.tokens import token_layers
 from tests.helpers.adapters import same_bits
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, ids
-from tests.patching.test_trained_tokens import IDS, TABLES
+from tests.helpers.trained_tokens import IDS, TABLES
 
 FAMILIES = [LLAMA, GPT2, T5, BERT]
 
