@@ -12,7 +12,7 @@ from tests.helpers.adapters import same_bits
 from tests.helpers.peft import trained
 from tests.helpers.quantized import make_model as quantizable
 from tests.helpers.quantized import quantized
-from tests.peft.test_sft import trainer
+from tests.helpers.trainers import sft_trainer
 
 
 def base(form: str) -> torch.nn.Module:
@@ -50,7 +50,7 @@ def test_every_entry_of_the_diagonal_moves(adapt, form, reentrant, tmp_path):
         "gradient_checkpointing": reentrant is not None,
         "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)},
     }
-    training = trainer(adapt(base(form)), tmp_path, **options)
+    training = sft_trainer(adapt(base(form)), tmp_path, **options)
     before = diagonals(training.model)
     assert {d.dtype for d in before.values()} == {torch.bfloat16}  # TRL's cast
     with pytest.warns(UserWarning, match="cast to torch.bfloat16.* is torch.float32 again"):
@@ -66,7 +66,7 @@ def test_every_entry_of_the_diagonal_moves(adapt, form, reentrant, tmp_path):
 
 def test_a_config_that_says_bfloat16_is_kept_to(tmp_path, recwarn):
     config = RasaConfig(r=8, adapter_dtype="bfloat16", task_type="CAUSAL_LM")
-    training = trainer(base("nf4"), tmp_path, config, max_steps=1)
+    training = sft_trainer(base("nf4"), tmp_path, config, max_steps=1)
     training.train()
     assert {p.dtype for p in trained(training.model).values()} == {torch.bfloat16}
     assert not [w for w in recwarn if "adapter_dtype" in str(w.message)]
@@ -75,9 +75,9 @@ def test_a_config_that_says_bfloat16_is_kept_to(tmp_path, recwarn):
 def test_a_resumed_run_goes_on_with_unrounded_numbers(tmp_path):
     """Float32 values of the file reach the parameters that TRL cast, before the first step."""
     saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    whole = trainer(tuned(base("nf4")), tmp_path, **saving)
+    whole = sft_trainer(tuned(base("nf4")), tmp_path, **saving)
     whole.train()
-    again = trainer(tuned(base("nf4")), tmp_path / "resumed", **saving)
+    again = sft_trainer(tuned(base("nf4")), tmp_path / "resumed", **saving)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     expected = trained(whole.model)
     for name, parameter in trained(again.model).items():

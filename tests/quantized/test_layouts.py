@@ -48,7 +48,7 @@ from tests.helpers.layouts import (
 from tests.helpers.memory import LiveBytes
 from tests.helpers.peft import plain, trained
 from tests.helpers.quantized import TOKENS, bits4, logits, off
-from tests.peft.test_sft import train
+from tests.helpers.trainers import train_by_sft
 
 FOLDERS = [form for form in COMPRESSED if form != "packed int4 zero"]
 """transformers 5.24 and compressed-tensors 0.20 do not load packed zero points."""
@@ -255,7 +255,7 @@ def test_sft_trainer(entrance, tmp_path):
         rasa_ext.patch_model(model, RANK, 1)
     else:
         config = RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM")
-    model = train(model, tmp_path, config, gradient_checkpointing=True)
+    model = train_by_sft(model, tmp_path, config, gradient_checkpointing=True)
     assert len(trained(model)) > 14
     assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
 

@@ -17,7 +17,7 @@ from tests.helpers import experts, mxfp4
 from tests.helpers.layouts import excesses_over_experts, step_over_experts
 from tests.helpers.peft import trained
 from tests.helpers.quantized import TOKENS
-from tests.peft.test_sft import train
+from tests.helpers.trainers import train_by_sft
 
 STACKS = ("gate_up_proj", "down_proj")
 
@@ -81,7 +81,7 @@ def test_sft_trainer(packed, entrance, tmp_path):
         patched(packed, experts="shared")
     else:
         config = RasaConfig(r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
-    model = train(packed, tmp_path, config, gradient_checkpointing=True)
+    model = train_by_sft(packed, tmp_path, config, gradient_checkpointing=True)
     assert any("experts" in name for name in trained(model))
 
 
