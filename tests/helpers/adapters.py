@@ -65,6 +65,15 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: adapter_of(layer) for name, layer in adapted_layers(model).items()}
 
 
+def pool_members(model: nn.Module) -> set[frozenset[str]]:
+    """Return the sets of layers that share a pool."""
+    pools: dict[int, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, rasa_ext.RasaLinear):
+            pools.setdefault(id(layer.pool), []).append(name)
+    return {frozenset(names) for names in pools.values()}
+
+
 def gradients(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Return gradients with the oracle's keys: each pool once, with the group's first layer."""
     result, pools = {}, set()

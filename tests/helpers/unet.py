@@ -61,3 +61,12 @@ ENDS = [f"attn{i}.{part}" for i in (1, 2) for part in ("to_q", "to_k", "to_out.*
 
 def by_end(name: str) -> str:
     return name.partition("transformer_blocks.0.")[2]
+
+
+def groups_by(key) -> set[frozenset[str]]:
+    """Return the sets of layers with equal ``key(name)`` and shape."""
+    found: dict[object, set[str]] = {}
+    for name, layer in Unet().named_modules():
+        if isinstance(layer, nn.Linear):
+            found.setdefault((key(name), layer.weight.shape), set()).add(name)
+    return set(map(frozenset, found.values()))

@@ -15,30 +15,11 @@ import rasa_ext
 from rasa_ext import RasaConfig
 from rasa_ext.analysis import analyze, analyze_adapter
 from tests.helpers import oracle
-from tests.helpers.adapters import adapters, patched
+from tests.helpers.adapters import adapters, patched, pool_members
 from tests.helpers.cli import invoke
 from tests.helpers.models import LLAMA
 from tests.helpers.refusals import refused
-from tests.helpers.unet import ENDS, Unet, by_end
-
-
-def members(model: nn.Module) -> set[frozenset[str]]:
-    """Return the sets of layers that share a pool."""
-    pools: dict[int, list[str]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, rasa_ext.RasaLinear):
-            pools.setdefault(id(layer.pool), []).append(name)
-    return {frozenset(names) for names in pools.values()}
-
-
-def expected(key) -> set[frozenset[str]]:
-    """Return the sets of layers with equal ``key(name)`` and shape."""
-    found: dict[object, set[str]] = {}
-    for name, layer in Unet().named_modules():
-        if isinstance(layer, nn.Linear):
-            found.setdefault((key(name), layer.weight.shape), set()).add(name)
-    return set(map(frozenset, found.values()))
-
+from tests.helpers.unet import ENDS, Unet, by_end, groups_by
 
 FORMS = {
     "sequence": ENDS,
@@ -56,8 +37,8 @@ NAMES = {
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_gives_the_groups(form):
     model = rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form])
-    assert members(model) == expected(by_end)
-    assert len(members(model)) == 12  # six ends, two widths
+    assert pool_members(model) == groups_by(by_end)
+    assert len(pool_members(model)) == 12  # six ends, two widths
     names = {row.pattern for row in rasa_ext.summary(model)}
     assert names == NAMES.get(form, set(ENDS))
 
@@ -92,7 +73,7 @@ def test_a_callable_may_leave_layers_to_the_usual_rule():
     model = rasa_ext.patch_model(
         LLAMA.build(), 2, 1, groups=lambda name: "mlp" if re.search("up|gate", name) else None
     )
-    assert len(members(model)) == len(members(usual)) - 1
+    assert len(pool_members(model)) == len(pool_members(usual)) - 1
     (row,) = (row for row in rasa_ext.summary(model) if row.pattern == "mlp")
     assert row.L == 6
 
@@ -103,7 +84,7 @@ def test_saved_and_loaded(form, tmp_path):
     rasa_ext.save_adapter(model, tmp_path)
     base = rasa_ext.unpatch(copy.deepcopy(model))
     loaded = rasa_ext.load_adapter(base, tmp_path)
-    assert members(loaded) == members(model)
+    assert pool_members(loaded) == pool_members(model)
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
     rasa_ext.load_adapter(model, tmp_path)  # patched in the same way
@@ -112,7 +93,7 @@ def test_saved_and_loaded(form, tmp_path):
     other = rasa_ext.patch_model(Unet(), 2, 1)
     refused(lambda: rasa_ext.load_adapter(other, tmp_path), other, "differs .* groups: ")
     for found in (analyze_adapter(tmp_path), analyze(model)):
-        assert {frozenset(layer.name for layer in g.layers) for g in found} == members(model)
+        assert {frozenset(layer.name for layer in g.layers) for g in found} == pool_members(model)
     text = invoke("inspect", tmp_path)
     for row in rasa_ext.summary(model):
         shape = f"{row.shape[0]} x {row.shape[1]}"

@@ -8,11 +8,10 @@ import torch
 import rasa_ext
 from rasa_research import solver
 from tests.helpers import oracle
-from tests.helpers.adapters import adapters
+from tests.helpers.adapters import adapters, pool_members
 from tests.helpers.models import FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
 from tests.helpers.refusals import Snapshot
-from tests.helpers.unet import ENDS, Unet, by_end
-from tests.patching.test_groups import expected, members
+from tests.helpers.unet import ENDS, Unet, by_end, groups_by
 
 
 def changes(base, names, seed=0):
@@ -150,8 +149,8 @@ def test_solvers_take_groups():
     base = Unet()
     finetuned = {name: t + torch.randn_like(t) for name, t in base.state_dict().items()}
     found = solver.compress(base, base.state_dict(), finetuned, 2, 1, groups=ENDS, iterations=2)
-    assert {frozenset(group.names) for group in found.groups} == expected(by_end)
+    assert {frozenset(group.names) for group in found.groups} == groups_by(by_end)
     names = [name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)]
     deltas = {name: torch.randn_like(base.get_submodule(name).weight) for name in names}
     fitted = solver.fit_adapter(base, deltas, 2, 1, groups=by_end, iterations=2)
-    assert {frozenset(group.names) for group in fitted} == expected(by_end) == members(base)
+    assert {frozenset(group.names) for group in fitted} == groups_by(by_end) == pool_members(base)
