@@ -1,4 +1,4 @@
-"""Adapter folders: write one in any format, edit its config, read its model card."""
+"""Adapter folders: write one in any format, edit its config, read its card, refuse large fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import rasa_ext
+from rasa_ext.methods import AdapterConfig
+from tests.helpers.adapters import LargestTensor
+from tests.helpers.models import LLAMA
 
 FORMS = ["adapter", "peft", "mlx"]
 
@@ -33,3 +38,13 @@ def rows(text: str) -> dict[str, str]:
 
 def code(text: str, language: str = "python") -> str:
     return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+def check_large_field(config: AdapterConfig, field: str, value, folder: Path) -> None:
+    """Check that a field of a large value is refused before a tensor of that size is made."""
+    rasa_ext.save_adapter(rasa_ext.patch_model(LLAMA.build(), config=config), folder)
+    edit(folder, **{field: value})
+    base = LLAMA.build()
+    with LargestTensor() as made, pytest.raises(ValueError, match=r"rank|k:|shape|missing"):
+        rasa_ext.load_adapter(base, folder)
+    assert made.numel < 10**6

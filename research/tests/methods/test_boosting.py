@@ -10,7 +10,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_research import methods, training
-from tests.checkpoint.test_ways_out import check_large
+from tests.helpers.adapter_folders import check_large_field
 from tests.helpers.methods import base, inputs, randomize, rasa_linears
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -210,7 +210,7 @@ def test_bad_input(options, named):
 def test_a_file_of_more_boosters_than_it_has(tmp_path):
     """The file is refused before a tensor of that size is allocated."""
     stack = {"model.layers.0.self_attn.q_proj": 10**8}
-    check_large(methods.BoostedLoraConfig(), "rasa_stack", stack, tmp_path)
+    check_large_field(methods.BoostedLoraConfig(), "rasa_stack", stack, tmp_path)
 
 
 def test_other_methods_are_refused():

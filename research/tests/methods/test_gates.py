@@ -15,8 +15,8 @@ import rasa_ext
 from rasa_ext.training import parameter_groups
 from rasa_research import methods, training
 from research.tests.methods import cases  # noqa: F401 - which makes them known
-from tests.checkpoint.test_ways_out import check_large
 from tests.helpers import experts
+from tests.helpers.adapter_folders import check_large_field
 from tests.helpers.methods import base, case, inputs, randomize, rasa_linears
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -319,7 +319,7 @@ def test_bad_input(make, named):
 def test_a_file_of_more_ranks_than_it_has(tmp_path):
     """The file is refused before a tensor of that size is allocated."""
     kept = {"model.layers.0.self_attn.q_proj": [10**8, 10**8, 10**8]}
-    check_large(methods.GatedRasaConfig(4, 1), "rasa_kept", kept, tmp_path)
+    check_large_field(methods.GatedRasaConfig(4, 1), "rasa_kept", kept, tmp_path)
 
 
 @pytest.mark.parametrize("counts", [[1, 2], [1, 2, "x"], [1, 2, -3], "abc", 4])
