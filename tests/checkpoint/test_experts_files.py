@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rasa_ext
 from rasa_ext.checkpoint.expert_names import _FAMILIES, _STACKED, parts_of, path_in_checkpoint
-from tests.checkpoint.test_export import load_in_peft
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import FAMILIES, RANK, adapted, build, changes, logits
 from tests.helpers.experts import BESIDE, EXPERTS, INNER
+from tests.helpers.loras import load_in_peft
 from tests.helpers.oracle import delta
 from tests.helpers.refusals import Snapshot
 from tests.helpers.serving_rules import READERS, Refused, llama_cpp, read, sglang, vllm

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -13,7 +11,8 @@ from torch import nn
 
 import rasa_ext
 from tests.helpers.adapters import RANK, adapted_layers, adapters, patched
-from tests.helpers.models import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
+from tests.helpers.loras import load_in_peft
+from tests.helpers.models import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids, logits
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",
@@ -21,20 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*SGLang",
     "ignore:.*is_gradient_checkpointing",
 )
-
-
-def load_in_peft(base, directory):
-    """Load with PEFT onto a copy of the plain model; any warning (unused keys, say) is an error."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        return PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()
-
-
-def logits(entry, model):
-    with torch.no_grad():
-        return entry.loss(model, entry.inputs(0))[0]
 
 
 def assert_same_in_peft(entry, base, model, directory):

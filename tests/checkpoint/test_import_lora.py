@@ -16,10 +16,10 @@ from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import adapted_layers, adapters
 from tests.helpers.expert_files import RANK, adapted, build, stacks
 from tests.helpers.expert_files import logits as logits_of
-from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, ids
+from tests.helpers.loras import WEIGHTS, lora_changes, save_random_lora
+from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, ids, logits
 from tests.helpers.refusals import Snapshot, refused
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*stay untouched",
     "ignore:.*SGLang",
@@ -28,39 +28,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*embedding",
     "ignore:.*is_gradient_c",
 )
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-def trained(entry, directory, **options):
-    """Save a random LoRA with PEFT; return the base and PEFT's model."""
-    base = entry.build()
-    names = sorted({name.rpartition(".")[2] for name in entry.targets(base)})
-    config = peft.LoraConfig(**{"r": 5, "target_modules": names, "lora_dropout": 0.0, **options})
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=g) * 0.2)
-    model.save_pretrained(directory)
-    return base, model.eval()
-
-
-def logits(entry, model):
-    with torch.no_grad():
-        return entry.loss(model, entry.inputs(0))[0]
-
-
-def changes(model):
-    """Return PEFT's weight changes by layer, each of shape (out, in)."""
-    found = {}
-    for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "get_delta_weight") and module.lora_A:
-            delta = module.get_delta_weight("default").detach().double()
-            transposed = oracle.is_transposed(module.get_base_layer())
-            found[name] = delta.T if transposed else delta
-    return found
 
 
 PATTERNS = {
@@ -84,7 +51,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 def test_a_lora_is_imported_exactly(options, tmp_path, figure):
-    base, theirs = trained(LLAMA, tmp_path / "lora", **options)
+    base, theirs = save_random_lora(LLAMA, tmp_path / "lora", **options)
     before, expected = logits(LLAMA, base.eval()), logits(LLAMA, theirs)
     found = rasa_ext.import_lora(base, tmp_path / "lora")
     difference = (logits(LLAMA, base.eval()) - expected).abs().max().item()
@@ -94,7 +61,7 @@ def test_a_lora_is_imported_exactly(options, tmp_path, figure):
         0,
         max(a.A.shape[0] for a in adapters(base).values()),
     )
-    deltas = changes(theirs)
+    deltas = lora_changes(theirs)
     assert set(adapted_layers(base)) == set(deltas)
     for name, adapter in adapters(base).items():
         torch.testing.assert_close(oracle.delta(adapter), deltas[name], rtol=1e-5, atol=1e-6)
@@ -106,7 +73,7 @@ def test_a_lora_is_imported_exactly(options, tmp_path, figure):
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)
 def test_families(entry, tmp_path):
-    base, theirs = trained(entry, tmp_path, fan_in_fan_out=entry is GPT2, use_rslora=True)
+    base, theirs = save_random_lora(entry, tmp_path, fan_in_fan_out=entry is GPT2, use_rslora=True)
     expected = logits(entry, theirs)
     rasa_ext.import_lora(base, tmp_path)
     difference = (logits(entry, base.eval()) - expected).norm() / expected.norm()
@@ -114,7 +81,7 @@ def test_families(entry, tmp_path):
 
 
 def test_factors_dropout_and_scale_come_along(tmp_path):
-    base, _ = trained(LLAMA, tmp_path, lora_dropout=0.25, lora_alpha=20)
+    base, _ = save_random_lora(LLAMA, tmp_path, lora_dropout=0.25, lora_alpha=20)
     rasa_ext.import_lora(base, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     for name, adapter in adapters(base).items():
@@ -127,7 +94,7 @@ def test_factors_dropout_and_scale_come_along(tmp_path):
 
 
 def test_ranks_that_fill_up_can_be_trained(tmp_path):
-    base, _ = trained(LLAMA, tmp_path, rank_pattern={"q_proj": 2})
+    base, _ = save_random_lora(LLAMA, tmp_path, rank_pattern={"q_proj": 2})
     rasa_ext.import_lora(base, tmp_path)
     LLAMA.loss(base.train(), LLAMA.inputs(0))[1].backward()
     layer = base.model.layers[0].self_attn.q_proj
@@ -138,7 +105,7 @@ def test_ranks_that_fill_up_can_be_trained(tmp_path):
 @pytest.mark.parametrize("half", [False, True])
 def test_other_files(half, tmp_path):
     """A .bin file, keys that contain the adapter's name, and half precision load, too."""
-    base, _ = trained(LLAMA, tmp_path)
+    base, _ = save_random_lora(LLAMA, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     if half:
         stored = {key: tensor.bfloat16() for key, tensor in stored.items()}
@@ -185,13 +152,13 @@ def refuse(base, directory, message, kind=ValueError):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_configs_that_are_refused(values, message, tmp_path):
-    base, _ = trained(LLAMA, tmp_path)
+    base, _ = save_random_lora(LLAMA, tmp_path)
     edit(tmp_path, **values)
     refuse(base, tmp_path, message, (ValueError, TypeError))
 
 
 def test_tensors_that_are_refused(tmp_path):
-    base, _ = trained(LLAMA, tmp_path)
+    base, _ = save_random_lora(LLAMA, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     first = next(iter(stored)).rpartition(".lora_")[0]
     A, B = f"{first}.lora_A.weight", f"{first}.lora_B.weight"
@@ -218,7 +185,7 @@ def test_tensors_that_are_refused(tmp_path):
 
 
 def test_a_bert_head_that_was_trained_in_full(tmp_path):
-    base, theirs = trained(BERT, tmp_path, task_type="SEQ_CLS")
+    base, theirs = save_random_lora(BERT, tmp_path, task_type="SEQ_CLS")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
     expected = logits(BERT, theirs)
     rasa_ext.import_lora(base, tmp_path)

@@ -268,3 +268,9 @@ EVERY = (*FAMILIES, *OTHERS)
 
 def ids(entry: Entry) -> str:
     return entry.name
+
+
+@torch.no_grad()
+def logits(entry: Entry, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Compute a model's logits for the entry's first inputs."""
+    return entry.loss(model, entry.inputs(0, dtype))[0]

@@ -22,15 +22,11 @@ from tests.helpers.models import (
     TIED,
     TWO_NAMES,
     ids,
+    logits,
 )
 from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def logits(entry, model, dtype=torch.float32):
-    with torch.no_grad():
-        return entry.loss(model, entry.inputs(0, dtype))[0]
 
 
 def weights(model) -> dict[str, torch.Tensor]:
