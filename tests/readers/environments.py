@@ -20,6 +20,14 @@ from pathlib import Path
 
 PINS = Path(__file__).parents[1] / "requirements" / "readers.ini"
 HERE = Path(__file__).parent
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Variables for vLLM on a CPU."""
 
 
 def all_pins() -> dict[str, dict[str, str]]:

@@ -11,8 +11,9 @@ from examples.served_adapter import ServedAdapter
 from rasa_ext.commands.models import load_model
 from tests.helpers.lora_server import log_probabilities
 from tests.readers.conftest import TEXTS, fill
+from tests.readers.environments import VLLM
+from tests.readers.likeliest import LIMIT
 from tests.readers.servers import served as serving
-from tests.readers.test_vllm import ENVIRONMENT, LIMIT
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -37,7 +38,7 @@ def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, 
         before.append((prompt, tokens, expected))
         return found
 
-    with serving("vllm", words, tmp_path / "log", **ENVIRONMENT) as post:
+    with serving("vllm", words, tmp_path / "log", **VLLM) as post:
         post("/tokenize", {"prompt": "it is up"})
         served = ServedAdapter(post.address, tmp_path / "adapters")
         trainer = trl.GRPOTrainer(

@@ -13,11 +13,9 @@ from tests.readers.commands import printed
 from tests.readers.environments import ask
 from tests.readers.environments import convert as run_converter
 from tests.readers.families import FAMILIES, adapted
-from tests.readers.likeliest import COUNT, off, prompts
+from tests.readers.likeliest import COUNT, LIMIT, off, prompts
 
 pytestmark = pytest.mark.readers
-
-LIMIT = 1e-3  # in nats; measured in float32: 2.4e-4
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,10 @@ from tests.readers.commands import exported
 from tests.readers.conftest import difference
 from tests.readers.environments import ask
 from tests.readers.families import FAMILIES, adapted
+from tests.readers.likeliest import LIMIT
 from tests.readers.servers import served
 
 pytestmark = pytest.mark.readers
-
-LIMIT = 1e-3  # in nats; measured: 3.0e-4
 
 
 def log_probabilities(path: str) -> list[torch.Tensor]:

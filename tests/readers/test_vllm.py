@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.readers.commands import exported
-from tests.readers.environments import ask
-from tests.readers.likeliest import COUNT, off, prompts
+from tests.readers.environments import VLLM, ask
+from tests.readers.likeliest import COUNT, LIMIT, off, prompts
 from tests.readers.servers import served
 
 pytestmark = pytest.mark.readers
-
-LIMIT = 1e-3  # in nats; measured: 1.7e-4
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "2",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +30,7 @@ def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, figure, recor
         "adapters": {name: str(path) for name, (path, _) in loras.items()},
         "requests": asked,
     }
-    told = ask("vllm", "ask_vllm.py", question, tmp_path, **ENVIRONMENT)
+    told = ask("vllm", "ask_vllm.py", question, tmp_path, **VLLM)
     found = {name: off(case, name, told[i :: len(names)]) for i, name in enumerate(names)}
     record_property("vLLM, two adapters and the base in one batch", max(found.values()))
     figure(f"vLLM, one batch: {found}")
@@ -52,7 +43,7 @@ def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
     assert words[:2] == ["vllm", "serve"]
     names = {"first": loras["first"][0].name, "base": str(case.base), "second": "pushed"}
     found = {}
-    with served("vllm", words, tmp_path / "log", **ENVIRONMENT) as post:
+    with served("vllm", words, tmp_path / "log", **VLLM) as post:
         post("/v1/load_lora_adapter", {
             "lora_name": names["second"], "lora_path": str(loras["second"][0])
         })  # fmt: skip
