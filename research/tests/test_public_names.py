@@ -13,10 +13,11 @@ import pytest
 import rasa_ext
 import rasa_research
 from rasa_research import checkpoint, methods, optim, ranks, solver, training
-from tests.docs import test_docs
-from tests.docs.test_docs import models, run_page  # noqa: F401 - fixtures
+from tests.docs.conftest import models, run_page  # noqa: F401 - fixtures
 from tests.helpers import docstrings
 from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
+from tests.helpers.page_commands import check_commands
+from tests.helpers.pages import RESEARCH
 
 FOLDER = Path(rasa_research.__file__).parent
 MODULES = (
@@ -83,14 +84,14 @@ def test_arguments_and_result_are_told(name):
 
 
 def test_the_pages_have_every_public_name():
-    text = "".join(page.read_text() for page in test_docs.RESEARCH)
+    text = "".join(page.read_text() for page in RESEARCH)
     assert set(re.findall(r"^rasa_research\.([\w.]+)$", text, re.MULTILINE)) == set(DOCUMENTED)
 
 
-@pytest.mark.parametrize("page", test_docs.RESEARCH, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RESEARCH, ids=lambda page: page.name)
 def test_a_page_can_be_followed(page, run_page):  # noqa: F811
     assert run_page(page) == []
-    test_docs.check_commands(page)
+    check_commands(page)
 
 
 def test_it_is_of_the_core_s_version():

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import os
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
+import pictures
 import pytest
-import typer
-from huggingface_hub import constants
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import rasa_ext
-from rasa_ext.commands.app import app
-from tests.helpers import lora_server, pages
+from tests.helpers import pages
+from tests.helpers.page_commands import check, check_commands, commands
+from tests.helpers.pages import PAGES, RESEARCH, ROOT, blocks
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
-
-import pictures  # noqa: E402
-
-RESEARCH = sorted((ROOT / "docs" / "research").glob("*.md"))
-"""Pages of rasa-ext-research, which research/tests run."""
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted(set((ROOT / "docs").rglob("*.md")) - set(RESEARCH)),
-]
 FENCE = re.compile(r"^ *```(\w+)", re.MULTILINE)
 GENERATED = re.compile(r"^<!-- .*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 """Parts generated from docstrings; test_docstrings.py runs their examples."""
@@ -56,61 +38,6 @@ NOT_RUN = {
 """Number of blocks per page that need something missing here, such as a GPU, and say so."""
 ANSWERS = {"README.md": 1, "tutorial.md": 2}
 """Number of outputs per page with sentences that only the real model writes."""
-COMMANDS = typer.main.get_command(app).commands
-SERVER = "http://localhost:8000"
-"""Address of the LoRA server on pages that send requests to one."""
-
-
-def blocks(page: Path, language: str | None = None) -> list[tuple[str, str]]:
-    """Return (language, text) of a page's blocks of ``language``, by default Python and shell."""
-    return [
-        (kind, code)
-        for kind, code in map(pages.code_of, pages.BLOCK.finditer(page.read_text()))
-        if kind in (("python", "bash") if language is None else (language,))
-    ]
-
-
-def commands(text: str) -> list[list[str]]:
-    """Return the words of each command in a shell block, without leading variable settings."""
-    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in map(without_variables, split) if words]
-
-
-def without_variables(words: list[str]) -> list[str]:
-    start = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_0-9]+=", word)), 0)
-    return words[start:]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    """Return a folder with the hub cache that pages read, and ``smollm2``."""
-    folder = tmp_path_factory.mktemp("models")
-    pages.save_models(folder)
-    return folder
-
-
-@pytest.fixture
-def run_page(models, tmp_path, monkeypatch, forked_python):
-    """Return a function that runs a page in a fresh folder and returns the outputs that differ."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(models / "hub"))
-    pages.write_programs(tmp_path / "bin", forked_python)
-    folder = tmp_path / "page"
-    folder.mkdir()
-    (folder / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(folder)
-    for path in (models, folder):
-        monkeypatch.syspath_prepend(path)
-
-    def run(page: Path) -> list[str]:
-        run = functools.partial(pages.run, page, tmp_path / "bin", models)
-        if SERVER not in page.read_text():
-            return run()
-        base = AutoModelForCausalLM.from_pretrained(pages.HUB_NAME)
-        with lora_server.serving(base) as running:
-            return run((SERVER, running.address))
-
-    return run
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -148,49 +75,12 @@ def test_commands_exist(page):
     check_commands(page)
 
 
-def check_commands(page: Path) -> None:
-    for _, text in blocks(page, "bash"):
-        if not (pages.NOT_RUN.match(text) or "pip" in text):
-            continue  # test_a_page_can_be_followed runs it
-        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for words in commands(text):
-            check(words)
-
-
 def test_modules_exist():
     """Modules in code, sentences and tables must exist."""
     text = "".join(page.read_text() for page in PAGES + RESEARCH)
     modules = set(re.findall(r"python -m ([\w.]*\w)", text))
     assert len(modules) > 20
     assert not [name for name in modules if not importlib.util.find_spec(name)]
-
-
-def check(words: list[str]) -> None:
-    """Check the parts of a command that this repository defines.
-
-    These are subcommands, options, modules, scripts and extras.
-    """
-    program, *rest = words
-    if program == "rasa-ext":
-        assert rest[0] in COMMANDS, words
-        known = {each for p in COMMANDS[rest[0]].params for each in (*p.opts, *p.secondary_opts)}
-        given = {word.partition("=")[0] for word in rest if word.startswith("-")}
-        assert given <= known | {"--help"}, (words, given - known)
-    elif program.startswith("python") and rest[:1] == ["-m"] and rest[1] not in ("venv", "pip"):
-        assert importlib.util.find_spec(rest[1]), words
-    elif "/" in program:
-        assert os.access(ROOT / program, os.X_OK), words
-    elif program == "pip":
-        for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(rest)):
-            assert set(extra.split(",")) <= extras(), words
-
-
-@functools.cache
-def extras() -> set[str]:
-    text = (ROOT / "pyproject.toml").read_text()
-    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    return set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
 
 
 def test_the_checks_notice():

@@ -10,12 +10,10 @@ import sys
 import types
 from pathlib import Path
 
+import hooks
 import pytest
 
 import rasa_ext
-import tests.docs.test_docs  # noqa: F401 - makes docs/ importable
-
-import hooks  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,17 +8,17 @@ import re
 import subprocess
 import sys
 
+import generate
+import hooks
+import notebook
 import pytest
+import run_page
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
-from tests.docs.test_docs import COMMANDS, PAGES, RESEARCH, ROOT, blocks
-
-import generate  # isort: skip
-import hooks  # isort: skip
-import notebook  # isort: skip
-import run_page  # isort: skip
+from tests.helpers.page_commands import COMMANDS
+from tests.helpers.pages import PAGES, RESEARCH, ROOT, blocks
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 

@@ -22,6 +22,13 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTImageProcessor
 from tests.helpers import tiny_lm
 from tests.helpers.models import VIT
 
+ROOT = Path(__file__).resolve().parents[2]
+RESEARCH = sorted((ROOT / "docs" / "research").glob("*.md"))
+"""Pages of rasa-ext-research, which research/tests run."""
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(set((ROOT / "docs").rglob("*.md")) - set(RESEARCH)),
+]
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 COMMAND = "import sys; sys.argv[0] = 'rasa-ext'; from rasa_ext.commands import main; main()"
 SYSTEM = (
@@ -108,6 +115,15 @@ def shell(code: str, programs: Path, models: Path) -> str:
 def code_of(block: re.Match[str]) -> tuple[str, str]:
     """Return a block's language, and the block's text without the indentation of a list."""
     return block["language"], re.sub(f"^{block[1]}", "", block["code"], flags=re.MULTILINE)
+
+
+def blocks(page: Path, language: str | None = None) -> list[tuple[str, str]]:
+    """Return (language, text) of a page's blocks of ``language``, by default Python and shell."""
+    return [
+        (kind, code)
+        for kind, code in map(code_of, BLOCK.finditer(page.read_text()))
+        if kind in (("python", "bash") if language is None else (language,))
+    ]
 
 
 def run(page: Path, programs: Path, models: Path, server: tuple[str, str] = ("", "")) -> list[str]:
