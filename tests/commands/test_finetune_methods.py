@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,21 +12,23 @@ from transformers import TrainerCallback
 
 import rasa_ext
 from rasa_ext import methods
-from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.patching.state import owners
 from tests.helpers import experts
 from tests.helpers.cli import invoke
-from tests.helpers.finetuning import assert_same_runs, interrupted, losses, run
+from tests.helpers.finetuning import (
+    KNOWN,
+    assert_same_runs,
+    check_refused,
+    interrupted,
+    losses,
+    more,
+    options_of,
+    run,
+)
 from tests.helpers.methods import rasa_linears
-from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
-
-
-def more(text: str) -> dict:
-    """Return the option for other fields of the method's config."""
-    return {"method_options": text}
-
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 CASES = {
     "rasa": ({"k": 1}, methods.RasaConfig(4, 1)),
@@ -35,8 +36,7 @@ CASES = {
     "lora, rslora": (more("rslora: true"), methods.LoraConfig(4, 8.0, rslora=True)),
     "lora, frozen": (more("train_A: false"), methods.LoraConfig(4, 8.0, train_A=False)),
 }
-KNOWN = dict(CASES)
-"""CASES, and cases that another package's tests add."""
+KNOWN.update(CASES)
 
 
 @pytest.fixture(params=CASES)
@@ -60,25 +60,6 @@ def resumed(request) -> str:
 def another(request) -> tuple:
     """A case, options of a later run, and the error for them."""
     return request.param
-
-
-@pytest.fixture(scope="module")
-def common(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "model": str(save_base(tmp_path_factory.mktemp("base"))),
-        "data": str(write_jsonl(folder / "train.jsonl", sums(22))),
-        "rank": 4,
-        "lr": 3e-3,
-        "max_steps": 4,
-        "batch_size": 2,
-        "dtype": "float32",
-    }
-
-
-def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
-    method = {"method": name.partition(",")[0], "output": str(output)}
-    return FinetuneOptions(**{**common, **method, **KNOWN[name][0], **changes})
 
 
 def test_every_method_of_one_run_is_there():
@@ -178,12 +159,6 @@ def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
     check_refused(common, name, changes, message, tmp_path / "out")
-
-
-def check_refused(common, name: str, changes: dict, message: str, output: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        run(options_of(common, name, output, **changes))
-    assert not output.exists()
 
 
 def test_another_adapter_is_not_resumed(another, common, tmp_path):

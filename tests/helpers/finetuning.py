@@ -1,14 +1,16 @@
-"""Helpers for the tests of fine-tuning."""
+"""Fine-tune with any method, interrupt runs, read their logs, compare them."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -16,6 +18,10 @@ from safetensors.torch import load_file
 from rasa_ext.commands import callbacks
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.training import train
+from rasa_ext.methods import AdapterConfig
+
+KNOWN: dict[str, tuple[dict, AdapterConfig | None]] = {}
+"""Options of finetune and the config that they mean, by case; each test module adds its own."""
 
 
 def run(options: FinetuneOptions, given: Any = None, **changes: Any) -> tuple[dict[str, Any], str]:
@@ -65,3 +71,20 @@ def assert_same_runs(one: str | Path, two: str | Path) -> None:
     ours, theirs = (load_file(Path(each) / "adapter_model.safetensors") for each in (one, two))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def more(text: str) -> dict:
+    """Return the option for other fields of the method's config."""
+    return {"method_options": text}
+
+
+def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
+    method = {"method": name.partition(",")[0], "output": str(output)}
+    return FinetuneOptions(**{**common, **method, **KNOWN[name][0], **changes})
+
+
+def check_refused(common, name: str, changes: dict, message: str, output: Path) -> None:
+    """Check that options are refused and nothing is written."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(options_of(common, name, output, **changes))
+    assert not output.exists()

@@ -7,7 +7,6 @@ import copy
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
 
 import rasa_ext
 import rasa_ext.peft
@@ -15,56 +14,22 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import same_bits
 from tests.helpers.outside import VeraConfig
 from tests.helpers.peft import TOKENS, logits, trained
+from tests.helpers.peft_methods import (
+    CASES,
+    KNOWN,
+    TARGETS,
+    TRAINED,
+    adapter_tensors,
+    kinds,
+    under_peft,
+)
 from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
 
-LAYERS = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
-TARGETS = ["up_proj", "down_proj"]
-OTHERS = {
-    "vera": ("vera", {"d_initial": 0.2}),
-    "picked": ("picked", {}),
-    "lora": ("lora", {"alpha": 8.0}),
-    "lora-fa": ("lora", {"train_A": False, "rslora": True}),
-    "ranks": ("rasa", {"alpha": 8.0, "k": 1, "rank_pattern": {"up_proj": 6}}),
-}
-TRAINED = {
-    "vera": {"b", "d"},
-    "picked": {"A", "B"},
-    "lora": {"A", "B"},
-    "lora-fa": {"B"},
-    "ranks": {"A", "B", "d", "pool_A", "pool_B"},
-}
-KNOWN = dict(OTHERS)
-"""Those that another package's tests have added, too."""
 
-
-@pytest.fixture(params=OTHERS)
+@pytest.fixture(params=CASES)
 def case(request) -> str:
     return request.param
-
-
-def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
-    """Return a tiny Llama with random adapters; except for stacks, frozen tensors stay initial."""
-    name, fields = KNOWN[case]
-    torch.manual_seed(seed)
-    named = {key if key == "rank_pattern" else f"rasa_{key}": fields[key] for key in fields}
-    shared = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    config = RasaConfig(rasa_method=name, **shared, **named)
-    model = peft.get_peft_model(make_model(), config, **options)
-    with torch.no_grad():
-        for key, tensor in adapter_tensors(model).items():
-            if tensor.requires_grad or "stack" in key:
-                tensor.normal_(std=0.2)
-    return model.eval()
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict(keep_vars=True).items()
-    return {name: tensor for name, tensor in state if ".rasa_" in name}
-
-
-def kinds(names) -> set[str]:
-    return {name.rpartition(".rasa_")[2].partition(".")[0] for name in names}
 
 
 def test_a_step_trains_what_the_method_trains(case):

@@ -8,32 +8,21 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_research import methods
-from tests.commands.test_finetune_methods import (  # noqa: F401 - tests and a fixture, run here
-    KNOWN,
-    check_refused,
-    common,
-    more,
-    options_of,
-    run,
+from research.tests.methods.finetune_cases import GATED, SMALL
+from tests.commands.test_finetune_methods import (  # noqa: F401 - tests, run here
     test_a_resumed_run_has_the_losses_of_an_uninterrupted_one,
     test_another_adapter_is_not_resumed,
     test_it_trains_what_the_method_trains,
 )
 from tests.helpers.cli import invoke
+from tests.helpers.finetuning import KNOWN, check_refused, more, options_of, run
 from tests.helpers.methods import rasa_linears
 from tests.helpers.tiny_lm import make_model
 
-SMALL = more("gate_threshold: 1e-3")
-CASES = {
-    "gated-rasa": (SMALL, methods.GatedRasaConfig(4, 1, gate_threshold=1e-3)),
-    "sora": (SMALL, methods.SoraConfig(4, alpha=8.0, gate_threshold=1e-3)),
-    "sora, pool": ({"k": 1, **SMALL}, methods.SoraConfig(4, 1, 8.0, gate_threshold=1e-3)),
-}
-KNOWN.update(CASES)
+KNOWN.update(GATED)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=GATED)
 def name(request) -> str:
     return request.param
 
@@ -49,7 +38,7 @@ def another() -> tuple:
     return "gated-rasa", more("gate_threshold: 2e-3"), said
 
 
-def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):  # noqa: F811
+def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):
     """Pruning changes no output; the training has every rank and the pruned adapter fewer."""
     large = f"gate_threshold: {0.2 if name == 'gated-rasa' else 0.4}"
     whole = options_of(common, name, tmp_path / "whole", max_steps=6, **more(large))
@@ -75,7 +64,7 @@ def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):  # noqa: F8
     assert torch.equal(again(ids).logits, models[1](ids).logits)
 
 
-def test_closed_altogether(common, tmp_path, capsys):  # noqa: F811
+def test_closed_altogether(common, tmp_path, capsys):
     run(options_of(common, "sora", tmp_path, **more("gate_threshold: 100.0, prune: true")))
     said = "0 of 56 gates are open; without the others the effective rank is 0, from 4."
     assert said in capsys.readouterr().out
@@ -97,13 +86,13 @@ def test_closed_altogether(common, tmp_path, capsys):  # noqa: F811
         ("sora", more("train_A: no"), "train_A: expected none with the method 'sora', got False"),
     ],
 )
-def test_options_that_do_not_fit(name, changes, message, common, tmp_path, monkeypatch):  # noqa: F811
+def test_options_that_do_not_fit(name, changes, message, common, tmp_path, monkeypatch):
     """Wrong options raise before the base's weights are read."""
     monkeypatch.delattr("rasa_ext.commands.training.load_model")
     check_refused(common, name, changes, message, tmp_path / "out")
 
 
-def test_by_the_command(common, tmp_path, capsys):  # noqa: F811
+def test_by_the_command(common, tmp_path, capsys):
     words = [
         word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
     ]

@@ -8,18 +8,13 @@ from safetensors.torch import load_file
 
 from rasa_ext.methods import every_method
 from rasa_research import methods
-from research.tests.methods.test_finetune_gates import CASES as GATED
-from tests.commands.test_finetune_methods import (  # noqa: F401 - tests and a fixture, run here
-    KNOWN,
-    check_refused,
-    common,
-    more,
-    options_of,
-    run,
+from research.tests.methods.finetune_cases import GATED
+from tests.commands.test_finetune_methods import (  # noqa: F401 - tests, run here
     test_a_resumed_run_has_the_losses_of_an_uninterrupted_one,
     test_another_adapter_is_not_resumed,
     test_it_trains_what_the_method_trains,
 )
+from tests.helpers.finetuning import KNOWN, check_refused, more, options_of, run
 
 CASES = {
     "block-lora": (more("blocks: 4"), methods.BlockLoraConfig(4, 8.0, 4)),
@@ -55,7 +50,7 @@ def test_every_method_of_one_run_is_there():
     assert ours.keys() - trained == {"boosted-lora", "boosted-pool"}
 
 
-def test_rates_are_the_method_s(common, tmp_path):  # noqa: F811
+def test_rates_are_the_method_s(common, tmp_path):
     """Block-LoRA with one block is a LoRA; with n blocks, B moves n times as fast."""
     stored = {}
     for name, changes in (
@@ -91,5 +86,5 @@ def test_rates_are_the_method_s(common, tmp_path):  # noqa: F811
         ("reslora", more("window: -1"), "window: expected an integer >= 0, got -1"),
     ],
 )
-def test_options_that_do_not_fit(name, changes, message, common, tmp_path):  # noqa: F811
+def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
     check_refused(common, name, changes, message, tmp_path / "out")

@@ -9,19 +9,15 @@ import torch
 from rasa_ext.methods import AdapterConfig
 from rasa_ext.peft import RasaConfig
 from rasa_research import methods
+from tests.helpers.peft_methods import KNOWN, LAYERS, adapter_tensors, kinds, under_peft
 from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
 from tests.peft.test_any_method import (  # noqa: F401 - tests, run here as well
-    KNOWN,
-    LAYERS,
-    adapter_tensors,
-    kinds,
     test_files_go_both_ways,
     test_merging_and_export,
     test_transformers_own_adapters,
     test_two_adapters_of_two_methods,
     test_what_is_frozen_stays_so,
-    under_peft,
 )
 from tests.peft.test_config import test_fields_that_one_method_has  # noqa: F401 - run here
 

@@ -1,0 +1,54 @@
+"""Tiny Llamas under PEFT with any method, and the names of their tensors."""
+
+from __future__ import annotations
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.peft import RasaConfig
+from tests.helpers import outside  # noqa: F401 - defines vera and picked
+from tests.helpers.tiny_lm import make_model
+
+LAYERS = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
+TARGETS = ["up_proj", "down_proj"]
+CASES = {
+    "vera": ("vera", {"d_initial": 0.2}),
+    "picked": ("picked", {}),
+    "lora": ("lora", {"alpha": 8.0}),
+    "lora-fa": ("lora", {"train_A": False, "rslora": True}),
+    "ranks": ("rasa", {"alpha": 8.0, "k": 1, "rank_pattern": {"up_proj": 6}}),
+}
+TRAINED = {
+    "vera": {"b", "d"},
+    "picked": {"A", "B"},
+    "lora": {"A", "B"},
+    "lora-fa": {"B"},
+    "ranks": {"A", "B", "d", "pool_A", "pool_B"},
+}
+KNOWN = dict(CASES)
+"""CASES, and cases that another package's tests add."""
+
+
+def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
+    """Return a tiny Llama with random adapters; except for stacks, frozen tensors stay initial."""
+    name, fields = KNOWN[case]
+    torch.manual_seed(seed)
+    named = {key if key == "rank_pattern" else f"rasa_{key}": fields[key] for key in fields}
+    shared = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    config = RasaConfig(rasa_method=name, **shared, **named)
+    model = peft.get_peft_model(make_model(), config, **options)
+    with torch.no_grad():
+        for key, tensor in adapter_tensors(model).items():
+            if tensor.requires_grad or "stack" in key:
+                tensor.normal_(std=0.2)
+    return model.eval()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True).items()
+    return {name: tensor for name, tensor in state if ".rasa_" in name}
+
+
+def kinds(names) -> set[str]:
+    return {name.rpartition(".rasa_")[2].partition(".")[0] for name in names}
