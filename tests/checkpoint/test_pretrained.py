@@ -18,14 +18,9 @@ from rasa_ext.checkpoint import pretrained
 from rasa_ext.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import adapters, patched, randomize, through_file
-from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
+from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids, logits
 from tests.helpers.trained_tokens import with_moved_rows
 from tests.helpers.trainers import QUIET
-
-
-def logits(entry, model):
-    with torch.no_grad():
-        return entry.loss(model.eval(), entry.inputs(0, torch.float32))[0]
 
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)

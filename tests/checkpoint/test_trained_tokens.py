@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import rasa_ext
 from tests.helpers.adapters import same_adapters, same_bits
@@ -19,16 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:groups", "ignore:Conv1D", "ignor
 KEY = "base_model.model.{}.token_adapter.trainable_tokens_delta"
 
 
-def files(directory):
-    config = json.loads((directory / "adapter_config.json").read_text())
-    return config, load_file(directory / "adapter_model.safetensors")
-
-
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, BERT, TIED], ids=ids)
 def test_save_and_load(entry, tmp_path):
     model = with_moved_rows(entry)
     rasa_ext.save_adapter(model, tmp_path)
-    config, tensors = files(tmp_path)
+    config, tensors = read(tmp_path)
     assert config["trainable_token_indices"] == IDS
     owner = TABLES[entry.name][0]
     assert same_bits(tensors[KEY.format(owner)], model.get_submodule(owner).rows.detach())
@@ -38,7 +31,7 @@ def test_save_and_load(entry, tmp_path):
     again = rasa_ext.load_adapter(with_moved_rows(entry, seed=9), tmp_path)  # into a patched model
     assert same_adapters(again, model)
     rasa_ext.save_adapter(loaded, tmp_path / "again")
-    assert tensors.keys() == files(tmp_path / "again")[1].keys()
+    assert tensors.keys() == read(tmp_path / "again")[1].keys()
 
 
 def test_a_merged_model_saves_the_same(tmp_path):
@@ -46,7 +39,7 @@ def test_a_merged_model_saves_the_same(tmp_path):
     for name in ("before", "merged"):
         rasa_ext.save_adapter(model, tmp_path / name)
         rasa_ext.merge(model)
-    before, merged = (files(tmp_path / name)[1] for name in ("before", "merged"))
+    before, merged = (read(tmp_path / name)[1] for name in ("before", "merged"))
     assert all(same_bits(tensor, merged[key]) for key, tensor in before.items())
 
 
@@ -70,7 +63,7 @@ def test_files_that_do_not_fit(tmp_path):
     small.embed = torch.nn.Embedding(30, 12)
     with pytest.raises(ValueError, match="trainable_token_indices: expected indices below 30"):
         rasa_ext.load_adapter(small, tmp_path)
-    _, tensors = files(tmp_path)
+    _, tensors = read(tmp_path)
     tensors[KEY.format("embed")] = torch.full((3, 12), torch.nan)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="expected finite numbers"):
@@ -99,13 +92,13 @@ def test_peft_computes_the_same(entry, given, tmp_path):
     far = (entry.call(base, **entry.inputs(0)).log_softmax(-1) - expected).abs().max()
     with pytest.warns(UserWarning, match="SGLang leaves the trained rows"):
         rasa_ext.export_lora(model, tmp_path, allow_dropped=True)
-    assert files(tmp_path)[0]["trainable_token_indices"].keys() == {
+    assert read(tmp_path)[0]["trainable_token_indices"].keys() == {
         names.partition(",")[0] for names in rasa_ext.summary(model).tokens
     }
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     found = entry.call(loaded, **entry.inputs(0)).log_softmax(-1)
     assert (found - expected).abs().max() < 1e-4 * far
-    assert rasa_ext.export_size(model) == sum(t.nbytes for t in files(tmp_path)[1].values())
+    assert rasa_ext.export_size(model) == sum(t.nbytes for t in read(tmp_path)[1].values())
 
 
 def test_an_export_is_refused_unless_asked_for(tmp_path):

@@ -272,5 +272,5 @@ def ids(entry: Entry) -> str:
 
 @torch.no_grad()
 def logits(entry: Entry, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Compute a model's logits for the entry's first inputs."""
-    return entry.loss(model, entry.inputs(0, dtype))[0]
+    """Compute a model's logits for the entry's first inputs, in eval mode."""
+    return entry.loss(model.eval(), entry.inputs(0, dtype))[0]

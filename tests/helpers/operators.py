@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from rasa_ext import ops
 from rasa_ext.nn.packs import Packed, pack_layers, ports
 from rasa_ext.ops import Factors
+from tests.helpers.adapters import Errors, excesses
 from tests.helpers.oracle import Adapter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -161,6 +162,27 @@ def check_values(
     found = operators(*tensors, *mask)
     assert_within(found, expected, sizes, tensors[0].dtype, roundings)
     return found, expected
+
+
+def check_errors(cases, shape, dtype, dropout: bool, device: str, no_bias) -> dict[str, Tensor]:
+    """Check values, and that RMS errors are at most twice plain PyTorch's; return the last results.
+
+    ``cases`` is a module such as ``linear_cases``. Errors are pooled over draws, since one rounding
+    error is random. Every second draw has ``no_bias``.
+    """
+    ours, theirs = Errors(), Errors()
+    for turn in range(32):
+        tensors = cases.draw(shape, dtype, device)
+        if turn % 2:
+            tensors[2] = no_bias
+        mask, kept = draw_mask(tensors[0], dropout)
+        if dropout:
+            tensors[0][~kept] *= 1e3  # dropped elements must have no effect
+        found, expected = check_values(cases.operators, cases.formulas, tensors, mask, kept)
+        ours.add(found, expected)
+        theirs.add(cases.formulas(*tensors, kept), expected)
+    assert not excesses(ours, theirs, floor(dtype))[0]
+    return found
 
 
 _traced: set[tuple] = set()

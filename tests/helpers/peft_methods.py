@@ -11,7 +11,6 @@ from tests.helpers import outside  # noqa: F401 - defines vera and picked
 from tests.helpers.tiny_lm import make_model
 
 LAYERS = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
-TARGETS = ["up_proj", "down_proj"]
 CASES = {
     "vera": ("vera", {"d_initial": 0.2}),
     "picked": ("picked", {}),
@@ -35,7 +34,8 @@ def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
     name, fields = KNOWN[case]
     torch.manual_seed(seed)
     named = {key if key == "rank_pattern" else f"rasa_{key}": fields[key] for key in fields}
-    shared = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    targets = ["up_proj", "down_proj"]
+    shared = {"r": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
     config = RasaConfig(rasa_method=name, **shared, **named)
     model = peft.get_peft_model(make_model(), config, **options)
     with torch.no_grad():

@@ -7,15 +7,15 @@ import torch
 from torch.utils._pytree import tree_map
 
 from rasa_ext import ops
-from tests.helpers.adapters import Errors, excesses
+from tests.helpers import projection_cases
 from tests.helpers.linear_cases import NEEDS
 from tests.helpers.operators import (
     DTYPES,
+    check_errors,
     check_operator,
     check_values,
     columns,
     draw_mask,
-    floor,
     random_mask,
 )
 from tests.helpers.projection_cases import SHAPES, draw, formulas, operators
@@ -37,21 +37,10 @@ def test_operators(shape, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, dropout, device):
     """Every element is within a few roundings, and RMS errors are at most twice plain PyTorch's."""
-    ours, theirs = Errors(), Errors()
-    for turn in range(32):
-        tensors = draw(shape, dtype, device)
-        if turn % 2:
-            tensors[2] = []
-        mask, kept = draw_mask(tensors[0], dropout)
-        if dropout:
-            tensors[0][~kept] *= 1e3  # dropped elements must have no effect
-        found, reference = check_values(operators, formulas, tensors, mask, kept)
-        ours.add(found, reference)
-        theirs.add(formulas(*tensors, kept), reference)
+    found = check_errors(projection_cases, shape, dtype, dropout, device, no_bias=[])
     assert found["y0"].dtype == found["dx"].dtype == dtype
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     assert found["dAp0"].dtype == found["dBp0"].dtype == accumulated
-    assert not excesses(ours, theirs, floor(dtype))[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

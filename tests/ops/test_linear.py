@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from rasa_ext import ops
-from tests.helpers.adapters import Errors, excesses
+from tests.helpers import linear_cases
 from tests.helpers.linear_cases import EMPTY, NEEDS, draw, formulas, operators
 from tests.helpers.operators import (
     DTYPES,
     LAYOUTS,
+    check_errors,
     check_operator,
     check_values,
     draw_mask,
-    floor,
     one_number,
     one_row,
     random_mask,
@@ -52,21 +52,10 @@ def test_operators(shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, dropout, device):
     """Every element is within a few roundings, and RMS errors are at most twice plain PyTorch's."""
-    ours, theirs = Errors(), Errors()
-    for turn in range(32):  # pooled over draws, since one rounding error is random
-        tensors = draw(shape, dtype, device)
-        if turn % 2:
-            tensors[2] = None
-        mask, kept = draw_mask(tensors[0], dropout)
-        if dropout:
-            tensors[0][~kept] *= 1e3  # dropped elements must have no effect
-        found, reference = check_values(operators, formulas, tensors, mask, kept)
-        ours.add(found, reference)
-        theirs.add(formulas(*tensors, kept), reference)
+    found = check_errors(linear_cases, shape, dtype, dropout, device, no_bias=None)
     assert {found[key].dtype for key in ("y", "U", "dx", "added", "dx_add")} == {dtype}
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     assert found["dAp"].dtype == found["dBp"].dtype == accumulated
-    assert not excesses(ours, theirs, floor(dtype))[0]
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -14,15 +14,7 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import same_bits
 from tests.helpers.outside import VeraConfig
 from tests.helpers.peft import TOKENS, logits, trained
-from tests.helpers.peft_methods import (
-    CASES,
-    KNOWN,
-    TARGETS,
-    TRAINED,
-    adapter_tensors,
-    kinds,
-    under_peft,
-)
+from tests.helpers.peft_methods import CASES, KNOWN, TRAINED, adapter_tensors, kinds, under_peft
 from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
 
@@ -85,7 +77,7 @@ def test_files_go_both_ways(case, low_cpu_mem_usage, tmp_path):
     read, config = again.peft_config["default"].core(), ours._rasa_ext.config
     assert {each.partition(":")[0] for each in read.differences(config)} <= {"target_modules"}
     name, fields = KNOWN[case]
-    given = rasa_ext.methods.method_named(name)(rank=4, target_modules=TARGETS, **fields)
+    given = rasa_ext.methods.method_named(name)(rank=4, **fields)
     settings = {**given.to_dict(), "target_modules": config.to_dict()["target_modules"]}
     assert config.to_dict() == settings
 
