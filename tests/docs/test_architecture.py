@@ -33,19 +33,24 @@ def folder(module: str) -> str:
     return module.partition(".")[2].partition(".")[0]
 
 
-def imported(module: str) -> set[str]:
-    """Return the package's modules that a module imports, also inside functions and for types."""
+def names(path: Path) -> set[str]:
+    """Return the dotted names that a file imports, also inside functions and for types."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: a relative import"
-            for name in node.names:
-                submodule = f"{node.module}.{name.name}"
-                found.add(submodule if submodule in MODULES else str(node.module))
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{name.name}" for name in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            found |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+            found |= {str(each.value) for each in node.args if isinstance(each, ast.Constant)}
+    return found
+
+
+def imported(module: str) -> set[str]:
+    """Return the package's modules that a module imports."""
+    found = names(MODULES[module])
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in found}
     return found & set(MODULES) - {module}
 
 
@@ -79,6 +84,16 @@ def test_arrows_point_down():
     assert not wrong, f"against the order: {wrong}"
     count, modules = (max(levels(each).values()) for each in (graph, IMPORTS))
     assert count <= 8, f"expected at most 8 levels of folders, got {count}, {modules} of modules"
+
+
+def test_only_tests_are_imported_from_test_modules():
+    """research/tests runs tests of the core over its methods; what else is shared is in helpers."""
+    files = [path for part in ("tests", "research/tests") for path in (ROOT / part).rglob("*.py")]
+    shared = re.compile(r"((?!test_)\w+\.)+test_\w+(\.(?!test_)\w+)?")
+    wrong = [
+        f"{path} -> {name}" for path in files for name in names(path) if shared.fullmatch(name)
+    ]
+    assert not wrong
 
 
 def test_contributing_lists_every_part():
