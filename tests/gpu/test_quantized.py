@@ -8,14 +8,7 @@ from torch import nn
 
 import rasa_ext
 from tests.helpers import oracle
-from tests.helpers.adapters import (
-    Errors,
-    PlainRasa,
-    adapter_of,
-    excesses,
-    patched,
-    trainable_copies,
-)
+from tests.helpers.adapters import adapter_of, excesses, patched
 
 WHY = "bitsandbytes and torchao are not installed"
 FORMS = ("nf4", "nf4 nested", "fp4", "int8")
@@ -31,32 +24,13 @@ def quantized():
     return quantized
 
 
-def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    leaves = {"x": x, **adapter._asdict()}
-    grads = torch.autograd.grad(y, list(leaves.values()), grad)
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_and_backward(form, dtype, device, quantized):
     """y is base(x) + x dW^T, and dx is G W + H Ap with the dequantized W."""
     model = quantized.quantized(quantized.linears(dtype=dtype), form).to(device)
     base, layer = model[2], patched(model)[2].train()
-    adapter = adapter_of(layer)
-    ours, theirs = Errors(), Errors()
-    for _ in range(4):
-        x = torch.randn(33, quantized.WIDTH, device=device).to(dtype)
-        grad = torch.randn(33, quantized.OUT, device=device).to(dtype)
-        with torch.no_grad():
-            alone = base.train()(x).double()
-        wanted = oracle.linear_grads(grad, x, quantized.numbers(base), adapter)
-        wanted["y"] = alone + x.double() @ oracle.delta(adapter).T
-        leaf = trainable_copies({"": adapter})[""]
-        ours.add(observe(layer, x, adapter, grad), wanted)
-        theirs.add(observe(PlainRasa(base, leaf), x, leaf, grad), wanted)
+    ours, theirs = quantized.layer_errors(base, layer, dtype, device)
     assert not excesses(ours, theirs, 0.0)[0]
 
 

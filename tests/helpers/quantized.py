@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from tests.helpers import tiny_lm
+from tests.helpers import oracle, tiny_lm
+from tests.helpers.adapters import Errors, PlainRasa, adapter_of, trainable_copies
 
 WIDTH, OUT = 64, 128
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
@@ -131,3 +132,29 @@ def dense(model: nn.Module) -> nn.Module:
                     plain.bias = nn.Parameter(child.bias.detach().double())
                 parent._modules[name] = plain
     return model.double()
+
+
+def layer_errors(base, layer, dtype: torch.dtype, device: str = "cpu") -> tuple[Errors, Errors]:
+    """Return a layer's and ``PlainRasa``'s errors against base(x) + x dW^T and its gradients."""
+    adapter, ours, theirs = adapter_of(layer), Errors(), Errors()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(33, WIDTH, generator=generator).to(device, dtype)
+        grad = torch.randn(33, OUT, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            alone = base.train()(x).double()
+        wanted = oracle.linear_grads(grad, x, numbers(base), adapter)
+        wanted["y"] = alone + x.double() @ oracle.delta(adapter).T
+        leaf = trainable_copies({"": adapter})[""]
+        ours.add(observe(layer.train(), x, adapter, grad), wanted)
+        theirs.add(observe(PlainRasa(base, leaf), x, leaf, grad), wanted)
+    return ours, theirs
+
+
+def observe(layer, x, adapter, grad) -> dict[str, Tensor]:
+    """Run a step of a layer; return output and gradients of input and ``adapter``."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    leaves = {"x": x, **adapter._asdict()}
+    grads = torch.autograd.grad(y, list(leaves.values()), grad)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}

@@ -17,7 +17,6 @@ from tests.helpers import oracle
 from tests.helpers.adapters import (
     RANK,
     Errors,
-    PlainRasa,
     adapters,
     clear_gradients,
     excesses,
@@ -25,7 +24,6 @@ from tests.helpers.adapters import (
     patched,
     randomize,
     same_bits,
-    trainable_copies,
 )
 from tests.helpers.quantized import (
     FORMATS,
@@ -33,6 +31,7 @@ from tests.helpers.quantized import (
     TOKENS,
     WIDTH,
     dense,
+    layer_errors,
     linears,
     logits,
     make_model,
@@ -41,17 +40,6 @@ from tests.helpers.quantized import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
-    """Run a step of a layer; return output and gradients of input and ``adapter``."""
-    adapter.map(lambda t: setattr(t, "grad", None))
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    y.backward(grad)
-    found = {"y": y.detach(), "x": x.grad}
-    fields = ("A", "A_pool", "B", "B_pool", "d")
-    return found | {field: getattr(adapter, field).grad for field in fields}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,19 +61,7 @@ def test_forward_and_backward(form, dtype):
     """Output is base(x) + x dW^T and x's gradient G W + H Ap, with W the dequantized weight."""
     model = quantized(linears(dtype=dtype), form)
     base, layer = model[2], patched(model)[2]
-    adapter = oracle.Adapter(*layer.adapter().factors())
-    ours, theirs = Errors(), Errors()
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(33, WIDTH, generator=generator).to(dtype)
-        grad = torch.randn(33, OUT, generator=generator).to(dtype)
-        with torch.no_grad():
-            alone = base.train()(x).double()
-        wanted = oracle.linear_grads(grad, x, numbers(base), adapter)
-        wanted["y"] = alone + x.double() @ oracle.delta(adapter).T
-        leaf = trainable_copies({"": adapter})[""]
-        ours.add(observe(layer.train(), x, adapter, grad), wanted)
-        theirs.add(observe(PlainRasa(base, leaf), x, leaf, grad), wanted)
+    ours, theirs = layer_errors(base, layer, dtype)
     bad, _ = excesses(ours, theirs, 1e-6 if dtype == torch.float32 else 0.0)
     assert not bad
     assert all(error < 0.05 for error in theirs.relative().values())
