@@ -16,8 +16,7 @@ from rasa_research import checkpoint, methods, optim, ranks, solver, training
 from tests.docs.conftest import models, run_page  # noqa: F401 - fixtures
 from tests.helpers import docstrings
 from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
-from tests.helpers.page_commands import check_commands
-from tests.helpers.pages import RESEARCH
+from tests.helpers.pages import RESEARCH, check_commands
 
 FOLDER = Path(rasa_research.__file__).parent
 MODULES = (

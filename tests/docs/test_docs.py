@@ -12,8 +12,7 @@ from torch import nn
 
 import rasa_ext
 from tests.helpers import pages
-from tests.helpers.page_commands import check, check_commands, commands
-from tests.helpers.pages import PAGES, RESEARCH, ROOT, blocks
+from tests.helpers.pages import PAGES, RESEARCH, ROOT, blocks, check, check_commands, commands
 
 FENCE = re.compile(r"^ *```(\w+)", re.MULTILINE)
 GENERATED = re.compile(r"^<!-- .*?^<!-- end -->$", re.MULTILINE | re.DOTALL)

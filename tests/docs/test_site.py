@@ -17,8 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
-from tests.helpers.page_commands import COMMANDS
-from tests.helpers.pages import PAGES, RESEARCH, ROOT, blocks
+from tests.helpers.pages import COMMANDS, PAGES, RESEARCH, ROOT, blocks
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
