@@ -14,15 +14,9 @@ def draw(shape, dtype, device):
     def random(*size):
         return torch.randn(*size, device=device).to(dtype)
 
-    return [
-        random(layers, tokens, width),
-        [random(out, width) for _ in range(layers)],
-        random(layers, out),
-        random(layers, rank, width),
-        random(layers, rank, out),
-        random(layers, tokens, out),
-        random(layers, tokens, rank),
-    ]
+    x, weights = random(layers, tokens, width), [random(out, width) for _ in range(layers)]
+    sizes = (out,), (rank, width), (rank, out), (tokens, out), (tokens, rank)
+    return [x, weights, *(random(layers, *size) for size in sizes)]
 
 
 def formulas(x, weights, bias, Ap, Bp, grad, saved, kept=None):
