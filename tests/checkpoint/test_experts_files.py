@@ -17,8 +17,8 @@ from rasa_ext.checkpoint.expert_names import _FAMILIES, _STACKED, parts_of, path
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import FAMILIES, RANK, adapted, build, changes, logits
 from tests.helpers.experts import BESIDE, EXPERTS, INNER
-from tests.helpers.loras import load_in_peft
 from tests.helpers.oracle import delta
+from tests.helpers.peft import load_in_peft
 from tests.helpers.refusals import Snapshot
 from tests.helpers.serving_rules import READERS, Refused, llama_cpp, read, sglang, vllm
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import rasa_ext
 from tests.helpers.adapters import RANK, adapted_layers, adapters, patched
-from tests.helpers.loras import load_in_peft
 from tests.helpers.models import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids, logits
+from tests.helpers.peft import load_in_peft
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",

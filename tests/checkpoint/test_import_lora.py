@@ -16,8 +16,8 @@ from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import adapted_layers, adapters
 from tests.helpers.expert_files import RANK, adapted, build, stacks
 from tests.helpers.expert_files import logits as logits_of
-from tests.helpers.loras import WEIGHTS, lora_changes, save_random_lora
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, ids, logits
+from tests.helpers.peft import WEIGHTS, lora_changes, save_entry_lora
 from tests.helpers.refusals import Snapshot, refused
 
 pytestmark = pytest.mark.filterwarnings(
@@ -51,7 +51,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 def test_a_lora_is_imported_exactly(options, tmp_path, figure):
-    base, theirs = save_random_lora(LLAMA, tmp_path / "lora", **options)
+    base, theirs = save_entry_lora(LLAMA, tmp_path / "lora", **options)
     before, expected = logits(LLAMA, base.eval()), logits(LLAMA, theirs)
     found = rasa_ext.import_lora(base, tmp_path / "lora")
     difference = (logits(LLAMA, base.eval()) - expected).abs().max().item()
@@ -73,7 +73,7 @@ def test_a_lora_is_imported_exactly(options, tmp_path, figure):
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)
 def test_families(entry, tmp_path):
-    base, theirs = save_random_lora(entry, tmp_path, fan_in_fan_out=entry is GPT2, use_rslora=True)
+    base, theirs = save_entry_lora(entry, tmp_path, fan_in_fan_out=entry is GPT2, use_rslora=True)
     expected = logits(entry, theirs)
     rasa_ext.import_lora(base, tmp_path)
     difference = (logits(entry, base.eval()) - expected).norm() / expected.norm()
@@ -81,7 +81,7 @@ def test_families(entry, tmp_path):
 
 
 def test_factors_dropout_and_scale_come_along(tmp_path):
-    base, _ = save_random_lora(LLAMA, tmp_path, lora_dropout=0.25, lora_alpha=20)
+    base, _ = save_entry_lora(LLAMA, tmp_path, lora_dropout=0.25, lora_alpha=20)
     rasa_ext.import_lora(base, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     for name, adapter in adapters(base).items():
@@ -94,7 +94,7 @@ def test_factors_dropout_and_scale_come_along(tmp_path):
 
 
 def test_ranks_that_fill_up_can_be_trained(tmp_path):
-    base, _ = save_random_lora(LLAMA, tmp_path, rank_pattern={"q_proj": 2})
+    base, _ = save_entry_lora(LLAMA, tmp_path, rank_pattern={"q_proj": 2})
     rasa_ext.import_lora(base, tmp_path)
     LLAMA.loss(base.train(), LLAMA.inputs(0))[1].backward()
     layer = base.model.layers[0].self_attn.q_proj
@@ -105,7 +105,7 @@ def test_ranks_that_fill_up_can_be_trained(tmp_path):
 @pytest.mark.parametrize("half", [False, True])
 def test_other_files(half, tmp_path):
     """A .bin file, keys that contain the adapter's name, and half precision load, too."""
-    base, _ = save_random_lora(LLAMA, tmp_path)
+    base, _ = save_entry_lora(LLAMA, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     if half:
         stored = {key: tensor.bfloat16() for key, tensor in stored.items()}
@@ -152,13 +152,13 @@ def refuse(base, directory, message, kind=ValueError):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_configs_that_are_refused(values, message, tmp_path):
-    base, _ = save_random_lora(LLAMA, tmp_path)
+    base, _ = save_entry_lora(LLAMA, tmp_path)
     edit(tmp_path, **values)
     refuse(base, tmp_path, message, (ValueError, TypeError))
 
 
 def test_tensors_that_are_refused(tmp_path):
-    base, _ = save_random_lora(LLAMA, tmp_path)
+    base, _ = save_entry_lora(LLAMA, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     first = next(iter(stored)).rpartition(".lora_")[0]
     A, B = f"{first}.lora_A.weight", f"{first}.lora_B.weight"
@@ -185,7 +185,7 @@ def test_tensors_that_are_refused(tmp_path):
 
 
 def test_a_bert_head_that_was_trained_in_full(tmp_path):
-    base, theirs = save_random_lora(BERT, tmp_path, task_type="SEQ_CLS")
+    base, theirs = save_entry_lora(BERT, tmp_path, task_type="SEQ_CLS")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
     expected = logits(BERT, theirs)
     rasa_ext.import_lora(base, tmp_path)

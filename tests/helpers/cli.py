@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rasa_ext.commands.app import app
-from tests.helpers import oracle
+from tests.helpers import oracle, peft
 from tests.helpers.adapters import adapters, trainable_copies
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
@@ -28,14 +27,8 @@ def logits(model) -> torch.Tensor:
 
 def save_lora(base: Path, directory: Path) -> Path:
     """Save a PEFT LoRA of rank 6, with a nonzero B, for the base model in ``base``."""
-    config = LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(load(base), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter))
-    model.save_pretrained(directory)
+    targets = ["q_proj", "down_proj"]
+    peft.save_lora(load(base), directory, r=6, target_modules=targets, task_type="CAUSAL_LM")
     return directory
 
 

@@ -1,23 +1,27 @@
-"""Small PEFT models with randomized adapters, and their float64 reference."""
+"""Small PEFT models with random adapters, their float64 reference, and LoRAs of PEFT's own."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rasa_ext.peft import RasaConfig, RasaPeftExpertWeight, RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
+from tests.helpers.models import Entry
 from tests.helpers.oracle import Adapter
 from tests.helpers.tiny_lm import make_model
 
 __all__ = ["RANK", "adapters"]
 
+WEIGHTS = "adapter_model.safetensors"
 TOKENS = torch.arange(24).view(2, 12)
 
 
@@ -101,3 +105,45 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def logits(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
     """Compute logits in eval mode without grad, by default for ``TOKENS``."""
     return model.eval()(**({"input_ids": TOKENS} if inputs is None else inputs)).logits
+
+
+def add_noise(model: nn.Module, seed: int) -> None:
+    """Add noise to all trainable parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def save_lora(base: nn.Module, directory: Path, **options) -> PeftModel:
+    """Save a random LoRA of PEFT for a model, and return it over a copy of the model."""
+    config = LoraConfig(**{"r": 5, "lora_dropout": 0.0, **options})
+    model = get_peft_model(copy.deepcopy(base), config)
+    add_noise(model, 1)
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+def save_entry_lora(entry: Entry, directory: Path, **options) -> tuple[nn.Module, PeftModel]:
+    """Save a random LoRA for all linear layers of an entry; return the base and PEFT's model."""
+    base = entry.build()
+    names = sorted({name.rpartition(".")[2] for name in entry.targets(base)})
+    return base, save_lora(base, directory, **{"target_modules": names, **options})
+
+
+def lora_changes(model):
+    """Return PEFT's weight changes by layer, each of shape (out, in)."""
+    found = {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight") and module.lora_A:
+            delta = module.get_delta_weight("default").detach().double()
+            transposed = oracle.is_transposed(module.get_base_layer())
+            found[name] = delta.T if transposed else delta
+    return found
+
+
+def load_in_peft(base, directory):
+    """Load with PEFT onto a copy of the plain model; any warning (unused keys, say) is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()

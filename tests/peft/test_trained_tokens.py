@@ -15,6 +15,7 @@ from rasa_ext.peft.lora import export_lora
 from rasa_ext.peft.tokens import token_layers
 from tests.helpers.adapters import same_bits
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, ids
+from tests.helpers.peft import add_noise
 from tests.helpers.trained_tokens import IDS, TABLES
 
 FAMILIES = [LLAMA, GPT2, T5, BERT]
@@ -23,12 +24,7 @@ FAMILIES = [LLAMA, GPT2, T5, BERT]
 def tuned(entry, given=IDS, dtype=torch.float32, **options):
     config = RasaConfig(r=4, rasa_k=1, trainable_token_indices=given, **options)
     model = get_peft_model(entry.build().to(dtype), config)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.2 * noise)
+    add_noise(model, 4)
     return model.eval()
 
 

@@ -12,14 +12,14 @@ from rasa_research.solver.compress import nearest_to
 from rasa_research.solver.fit import Solver
 from tests.helpers import oracle
 from tests.helpers.adapters import LargestTensor, adapters
-from tests.helpers.loras import WEIGHTS, lora_changes, save_random_lora
 from tests.helpers.models import LLAMA
+from tests.helpers.peft import WEIGHTS, lora_changes, save_entry_lora
 from tests.helpers.refusals import Snapshot
 
 
 @pytest.mark.parametrize(("rank", "k"), [(3, 1), (3, 0), (5, 2), (9, 1), (7, 0)])
 def test_fewer_numbers_by_the_solver(rank, k, tmp_path):
-    base, theirs = save_random_lora(
+    base, theirs = save_entry_lora(
         LLAMA, tmp_path, rank_pattern={"o_proj": 9}, modules_to_save=["norm"]
     )
     deltas = lora_changes(theirs)
@@ -57,7 +57,7 @@ def test_no_out_x_in_matrix_is_formed(tmp_path):
 
 
 def test_bad_ranks(tmp_path):
-    base, _ = save_random_lora(LLAMA, tmp_path)
+    base, _ = save_entry_lora(LLAMA, tmp_path)
     before = Snapshot(base)
     for rank, k, message in (
         (0, 0, "rank: expected an integer >= 1"),
