@@ -340,7 +340,8 @@ def check_own_weights(root: nn.Module, weights: Iterable[tuple[str, nn.Module, T
     wrappers = {id(stored_weight(module)) for module in quantized}
     users: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        if id(parameter) not in wrappers:
+        # All weights that accelerate offloads have the address 0; PEFT merges one at a time.
+        if id(parameter) not in wrappers and not parameter.is_meta:
             users.setdefault(parameter.data_ptr(), []).append(name)
     for layer, base, weight in weights:
         # A module registered under several names is one layer; only other modules count. The

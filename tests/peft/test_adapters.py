@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 
@@ -226,6 +227,17 @@ def test_a_tied_weight_takes_no_merge(call):
     with pytest.raises(ValueError, match=r"'readout' is shared with .*embed.*; untie the weights"):
         getattr(model, call)()
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_an_offloaded_base_takes_a_merge(call):
+    """PEFT brings one weight after the other back to merge into it."""
+    base = make_model()
+    with torch.no_grad():
+        expected = adapted(base).eval()(TOKENS).logits
+        model = adapted(cpu_offload(base, torch.device("cpu"))).eval()
+        merged = getattr(model, call)() or model
+        torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @sides(*FAMILIES)
