@@ -4,7 +4,8 @@
 Code for a GPU then runs from end to end. That tests neither kernels nor memory nor speed.
 
 With STAND_IN_KERNELS=1 in the environment, every operator reports a compiled kernel, and setup.py
-succeeds. STAND_IN_BREAK names a function "module:attribute.attribute" that raises when called.
+succeeds. Without it none does, and setup.py fails, whatever torch is installed. STAND_IN_BREAK
+names a function "module:attribute.attribute" that raises when called.
 """
 
 from __future__ import annotations
@@ -113,8 +114,10 @@ def install() -> None:
     torch.profiler.profile = lambda activities, **how: profile(activities=activities[:1], **how)
     OnCpu().__enter__()
     ops.fuse_projections = lambda _: True
-    if os.environ.get(KERNELS):
-        torch._C._dispatch_has_kernel_for_dispatch_key = lambda *_: True
+    compiled = bool(os.environ.get(KERNELS))
+    torch._C._dispatch_has_kernel_for_dispatch_key = lambda *_: compiled
+    if not compiled:
+        os.environ["CUDA_HOME"] = "/nonexistent"  # which no build accepts
     if os.environ.get(BREAK):
         module, _, path = os.environ[BREAK].partition(":")
         *owners, attribute = path.split(".")
