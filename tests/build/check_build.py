@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_ENVS = (f"{sys.executable}=2.11.0", "python3.13=2.12.0")
+DEFAULT_ENVS = (f"{sys.executable}=2.11.0", "python3.13=2.15.0")
 BUDGET_S = 180
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SOURCES = (
