@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
-import pydoc
 import re
 import sys
 import textwrap
@@ -68,7 +68,7 @@ def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
 def fields(name: str) -> str:
     """List a config's own fields, and for a ``RasaConfig`` also the fields that methods share."""
     shared = {each.name for each in dataclasses.fields(AdapterConfig)}
-    every = [each for each in dataclasses.fields(pydoc.locate(name)) if "help" in each.metadata]
+    every = [each for each in dataclasses.fields(located(name)) if "help" in each.metadata]
     rows = [each for each in every if each.name not in shared]
     if name.endswith(".RasaConfig"):
         rows += [each for each in every if each.name in shared]
@@ -78,11 +78,17 @@ def fields(name: str) -> str:
     )
 
 
+def located(name: str) -> Any:
+    """Return what a dotted name means; from Python 3.13, pydoc.locate prefers submodules."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def reference(names: str) -> str:
     """Write an index of the names, then each name with its signature and docstring."""
     index, parts = [], []
     for name in names.split():
-        thing, short = pydoc.locate(name), name.rpartition(".")[2]
+        thing, short = located(name), name.rpartition(".")[2]
         text, *sections = re.split(r"^(\w+):\n", inspect.getdoc(thing), flags=re.MULTILINE)
         index.append(entry(f"[`{short}`](#{short.lower()})", text.partition("\n\n")[0]))
         parts += [f"### {short}", f"```py\n{signature(name, thing)}\n```", escape(text.strip())]

@@ -60,8 +60,9 @@ def options_of(
         ]
         vars(declared)["__signature__"] = inspect.Signature(parameters)
         declared.__name__, declared.__annotations__ = function.__name__, types
-        entries = (fields.__doc__ or "").partition("Args:\n")[2]
-        declared.__doc__ = f"{function.__doc__}\n\n    Args:\n{entries}"
+        # Python 3.13 removes the indentation of docstrings, and older versions do not.
+        about, entries = (inspect.getdoc(each) or "" for each in (function, fields))
+        declared.__doc__ = f"{about}\n\nArgs:\n" + entries.partition("Args:\n")[2]
         return declared
 
     return declare

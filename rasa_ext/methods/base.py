@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -397,9 +398,9 @@ def document_fields(config: type[AdapterConfig]) -> None:
         >>> rasa_ext.methods.LoraConfig.__doc__.count("rank: The rank r of every layer")
         1
     """
-    lines = "".join(f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(config))
-    head, mark, tail = (config.__doc__ or "").partition("    Raises:\n")
-    config.__doc__ = f"{head}    Args:\n{lines}\n{mark}{tail}"
+    lines = "".join(f"    {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(config))
+    head, mark, tail = inspect.cleandoc(config.__doc__ or "").partition("Raises:\n")
+    config.__doc__ = f"{head}Args:\n{lines}\n{mark}{tail}"
 
 
 def fresh_A(
