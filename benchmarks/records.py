@@ -26,7 +26,7 @@ from rasa_ext import ops
 
 # Environment variable that names the commit if there is no .git.
 COMMIT = "RASA_EXT_COMMIT"
-PACKAGES = ("torch", "peft", "transformers", "triton", "nvidia-cublas")
+PACKAGES = ("peft", "transformers", "triton", "nvidia-cublas")
 _KERNELS = ops.OPERATORS.keys() - ops.COMPOSED
 """The operators that have compiled kernels."""
 
@@ -122,6 +122,7 @@ def environment(device: str) -> dict[str, Any]:
         "host": harness.machine(),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # names the build, which the metadata of PyPI's wheels omits
         "cuda": torch.version.cuda,
         "rasa_ext": rasa_ext.__version__,
         "commit": os.environ.get(COMMIT) or _output("git", "describe", "--always", "--dirty"),

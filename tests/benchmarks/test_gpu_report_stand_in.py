@@ -147,8 +147,7 @@ def test_traffic_is_summed_between_marks(whole):
 def test_the_machine_and_the_commit_are_named(whole):
     out, found = whole
     machine, text = found["machine"], (out / "report.md").read_text()
-    assert torch.__version__.startswith(machine["torch"])  # PyPI's wheels omit "+cu132"
-    assert machine["cuda"] == torch.version.cuda
+    assert machine["torch"] == torch.__version__
     assert machine["commit"] == "abc1234"
     assert machine["card"].startswith("NVIDIA Stand-in")
     assert "the times mean nothing" in text
