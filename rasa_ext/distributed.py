@@ -383,8 +383,10 @@ def _place(
     """Move parameters to a device, and broadcast the values of each group's first process."""
     for parameter in parameters:
         parameter.data = parameter.data.to(device)
+        values = parameter.data.contiguous()  # B is a transposed view, which NCCL refuses
         for group in groups:
-            dist.broadcast(parameter.data, group=group, group_src=0)
+            dist.broadcast(values, group=group, group_src=0)
+        parameter.data.copy_(values)
 
 
 class _Averaging:

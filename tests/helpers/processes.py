@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
 WORKERS = Path(__file__).parents[1] / "workers"
 PARITY = 1e-6
@@ -35,6 +39,22 @@ def torchrun(python: Path, worker: str, directory: Path) -> Path:
     meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
     launch(python, "torch.distributed.run", worker, directory, *meet)
     return directory
+
+
+def refuse_views() -> None:
+    """Make collectives refuse tensors that are not contiguous, as NCCL does and gloo does not."""
+    for name in ("broadcast", "all_reduce"):
+        setattr(dist, name, _refusing(getattr(dist, name)))
+
+
+def _refusing(collective: Callable) -> Callable:
+    @functools.wraps(collective)
+    def wrapper(tensor: Tensor, *args, **options):
+        if not tensor.is_contiguous():
+            raise ValueError("Tensors must be contiguous")
+        return collective(tensor, *args, **options)
+
+    return wrapper
 
 
 def adapter_difference(one: Path, two: Path) -> float:

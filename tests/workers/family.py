@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import rasa_ext
 from rasa_ext import methods, training
 from tests.helpers.methods import CASES, WIDE, base, case, inputs
+from tests.helpers.processes import refuse_views
 
 Act = Callable[[nn.Module], object]
 
@@ -139,6 +140,7 @@ def main(family: Family) -> None:
     torch.set_num_threads(1)
     models = {name: case(name) for name in family.cases}
     dist.init_process_group("gloo")
+    refuse_views()
     outputs = {name: train(model) for name, model in models.items()}
     for name, each in family.changes.items():
         outputs[f"{name}, shard"] = change(each, "shard")

@@ -21,6 +21,7 @@ import rasa_ext
 from rasa_ext.base_layers.sharded import is_dtensor
 from tests.helpers.adapters import randomize
 from tests.helpers.models import LLAMA, randomize_weights
+from tests.helpers.processes import refuse_views
 from tests.workers.training import assert_alike
 
 
@@ -157,6 +158,7 @@ def refused(directory: Path) -> None:
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    refuse_views()
     for case in CASES:
         model = adapted(halved(directory, case))
         randomize(model, 3 + dist.get_rank())  # the first process's values must win

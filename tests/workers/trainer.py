@@ -23,6 +23,7 @@ import rasa_ext
 from rasa_ext.base_layers.sharded import is_dtensor
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
+from tests.helpers.processes import refuse_views
 
 GLOBAL_BATCH = 8
 
@@ -72,6 +73,7 @@ def train(directory: Path, processes: int, fsdp2: bool = False) -> None:
 
 
 if __name__ == "__main__":
+    refuse_views()
     train(Path(sys.argv[1]), processes=2, fsdp2="FSDP_VERSION" in os.environ)
     # All work is done. Exit at once, because gloo's shutdown has hung beyond a test's timeout.
     sys.stdout.flush()

@@ -26,6 +26,7 @@ import rasa_ext
 from tests.helpers import experts
 from tests.helpers.adapters import patched, randomize
 from tests.helpers.models import GPT2, LLAMA, TIED, Entry
+from tests.helpers.processes import refuse_views
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,14 @@ def unused(directory: Path) -> None:
 def assert_alike(tensors: Iterable[Tensor]) -> None:
     """Assert that tensors are bit-identical on every process."""
     for tensor in tensors:
-        first = tensor.detach().clone()
+        first = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(first, 0)
         assert torch.equal(first, tensor.detach())
 
 
 def main(directory: Path) -> None:
     dist.init_process_group("gloo")
+    refuse_views()
     torch.set_num_threads(1)
     for recipe, wrap in RECIPES.items():
         for name, case in CASES.items():
