@@ -148,6 +148,7 @@ def test_the_machine_and_the_commit_are_named(whole):
     out, found = whole
     machine, text = found["machine"], (out / "report.md").read_text()
     assert machine["torch"] == torch.__version__
+    assert machine["cuda"] == torch.version.cuda
     assert machine["commit"] == "abc1234"
     assert machine["card"].startswith("NVIDIA Stand-in")
     assert "the times mean nothing" in text
