@@ -1,7 +1,7 @@
 """A training step of a whole SmolLM2-135M: frozen base, PEFT LoRA, the official formula, ours.
 
     python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15] [--json FILE] [--seconds S]
-                               [--beside "peft r=8" "ours alone" ...] [--layers 3]
+                               [--beside "peft r=8" "ours alone" ...] [--layers 3] [--length 8]
 
 A step is forward and backward (no optimizer) of batch 2 x 160 tokens with all linear layers
 adapted. The weights are random, with SmolLM2-135M's shapes; this does not change the time. "ours
@@ -72,11 +72,11 @@ def build(name: str, base: LlamaForCausalLM):
     return model.train()
 
 
-def shortened(model, layers: int):
+def shortened(model, ids: torch.Tensor, layers: int):
     """Cut the model to the first decoder layers, and return a function that runs a step of them."""
     body = model.get_decoder()
     body.layers, body.norm = body.layers[:layers], nn.Identity()
-    x = torch.randn(*tokens().shape, body.config.hidden_size, dtype=model.dtype)
+    x = torch.randn(*ids.shape, body.config.hidden_size, dtype=model.dtype)
     grad = torch.randn_like(x)
 
     def step() -> None:
@@ -100,9 +100,8 @@ def stepper(model, ids: torch.Tensor):
     return step
 
 
-def verify(models: dict) -> None:
+def verify(models: dict, ids: torch.Tensor) -> None:
     """Exit with an error unless ours and the official formula compute the same logits."""
-    ids = tokens()
     with torch.no_grad():
         mine, theirs = (models[n](input_ids=ids).logits for n in ("ours", "official"))
     error = ((mine - theirs).norm() / theirs.norm()).item()
@@ -112,14 +111,14 @@ def verify(models: dict) -> None:
     print(f"verified: ours and official agree to {error:.1e} (relative)")
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 49152, (2, 160), generator=torch.Generator().manual_seed(1))
+def tokens(length: int) -> torch.Tensor:
+    return torch.randint(0, 49152, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-def peak_of(name: str, dtype: torch.dtype) -> None:
+def peak_of(name: str, dtype: torch.dtype, ids: torch.Tensor) -> None:
     """Print the MiB that the first steps of one variant add to this process."""
     model = build(name, base_model(dtype))
-    step = stepper(model, tokens())
+    step = stepper(model, ids)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     # Building the model peaked higher; "5" resets the kernel's high-water mark.
@@ -136,21 +135,28 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def memory(name: str, dtype: str) -> float:
+def memory(name: str, dtype: str, length: int) -> float:
     command = [sys.executable, "-m", "benchmarks.model", "--peak", name, "--dtype", dtype]
+    command += ["--length", str(length)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def report(
-    dtype: str, names: Sequence[str], layers: int | None, rounds: int, seconds_left: float
+    dtype: str,
+    names: Sequence[str],
+    layers: int | None,
+    length: int,
+    rounds: int,
+    seconds_left: float,
 ) -> list[dict]:
     """Print a table and return the rows; the rounds take at most ``seconds_left``."""
     base = base_model(getattr(torch, dtype))
     models = {name: build(name, base) for name in names}
     print(f"\n{dtype}, {harness.machine()}")
-    verify(models)
+    ids = tokens(length)
+    verify(models, ids)
     steps = {
-        name: shortened(model, layers) if layers else stepper(model, tokens())
+        name: shortened(model, ids, layers) if layers else stepper(model, ids)
         for name, model in models.items()
     }
     seconds = harness.interleaved(steps, rounds, at_most=seconds_left)
@@ -159,7 +165,7 @@ def report(
     rows = []
     for name in names:
         low, middle, high = (1e3 * v for v in harness.quartiles(seconds[name]))
-        over, peak = middle / floor / 1e3, None if layers else round(memory(name, dtype))
+        over, peak = middle / floor / 1e3, None if layers else round(memory(name, dtype, length))
         print(
             f"{name:10} {middle:8.1f} {f'{low:.1f} - {high:.1f}':>17} {over:8.3f} {peak or '':>9}",
             flush=True,
@@ -185,13 +191,14 @@ def main() -> None:
         help="variants to time beside frozen, official and ours; default: all",
     )
     parser.add_argument("--layers", type=int, help="time only so many decoder layers, and no head")
+    parser.add_argument("--length", type=int, default=160, help="tokens of each of the two rows")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--seconds", type=float, default=math.inf, help="time limit for all dtypes")
     arguments = parser.parse_args()
     harness.pin_allocator()
     if arguments.peak:
-        peak_of(arguments.peak, getattr(torch, arguments.dtype[0]))
+        peak_of(arguments.peak, getattr(torch, arguments.dtype[0]), tokens(arguments.length))
         return
     if arguments.layers is not None and not 1 <= arguments.layers <= LAYERS:
         parser.error(f"--layers: expected 1 to {LAYERS}, got {arguments.layers}")
@@ -200,7 +207,7 @@ def main() -> None:
     for index, dtype in enumerate(arguments.dtype):
         # If memory is measured, the processes that measure it get about half of the time.
         share = budget.share(len(arguments.dtype) - index) / (1 if arguments.layers else 2)
-        rows += report(dtype, names, arguments.layers, arguments.rounds, share)
+        rows += report(dtype, names, arguments.layers, arguments.length, arguments.rounds, share)
         if arguments.json:
             head = records.environment("cpu")
             records.write_json(arguments.json, {"machine": head, "rows": rows})
