@@ -19,16 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def build(*targets: str) -> Path:
     """Bring CMake ``targets`` up to date and return the build folder, which outlasts the run."""
     beside_python = Path(sys.executable).parent
-    cmake = shutil.which("cmake", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+    programs = f"{beside_python}{os.pathsep}{os.environ['PATH']}"
+    cmake, ninja = (shutil.which(name, path=programs) for name in ("cmake", "ninja"))
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if None in (cmake, compiler, importlib.util.find_spec("pybind11")):
-        pytest.skip("the kernels are compiled for the host by cmake, a C++ compiler and pybind11")
-    folder = ROOT / "build" / "emulation"
+    if None in (cmake, ninja, compiler, importlib.util.find_spec("pybind11")):
+        pytest.skip("cmake, ninja, a C++ compiler and pybind11 compile the kernels for the host")
+    folder = ROOT / "build" / "host"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same targets
         options = (f"-DPython3_EXECUTABLE={sys.executable}", f"-DRASA_TORCH={torch.__path__[0]}")
-        _run(cmake, "-S", ROOT, "-B", folder, *options)
+        generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}")  # make may be missing
+        _run(cmake, "-S", ROOT, "-B", folder, *generator, *options)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         _run(cmake, "--build", folder, "--parallel", jobs, "--target", *targets)
     return folder
