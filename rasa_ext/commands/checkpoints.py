@@ -53,7 +53,8 @@ def make_room(folder: Path) -> None:
     """Remove an earlier run's checkpoints and model files, which could pass for the new run's."""
     for _, path in _numbered(folder):
         shutil.rmtree(path, ignore_errors=True)
-    for pattern in (*STALE, CONFIG, WEIGHTS, PICKLE):
+    # transformers expects a whole model where a config.json is.
+    for pattern in (*STALE, "config.json", CONFIG, WEIGHTS, PICKLE):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

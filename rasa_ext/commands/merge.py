@@ -29,10 +29,10 @@ def merge(
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
     from rasa_ext.commands.models import base_of, load_model, load_tokenizer, save_model
-    from rasa_ext.writing import new_folder
+    from rasa_ext.writing import CONFIG, new_folder
 
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
-        check_differs((adapter, name), output, overwrite=overwrite)
+        check_differs((adapter, name), output, overwrite=overwrite, beside=[CONFIG])
         base, tokenizer = load_model(name, dtype), load_tokenizer(name)
         rasa_ext.load_adapter(base, adapter)
         change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(base))

@@ -259,7 +259,8 @@ class FinetuneOptions:
                 "it, --overwrite to replace it, or choose another --output."
             )
         sources = filter(None, (self.model, self.init_adapter))
-        check_differs(sources, output, overwrite=self.resume or self.overwrite)
+        # A run that overwrites removes an earlier model (`make_room`).
+        check_differs(sources, output, overwrite=self.resume or self.overwrite, beside=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by option name, for `finetune.yaml`.

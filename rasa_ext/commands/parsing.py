@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from rasa_ext.writing import STALE, check_output
+
 __all__ = ["Output", "Overwrite", "check_differs", "parse_targets"]
 
 _MISSING = dataclasses.MISSING
@@ -164,16 +166,25 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {seed}.")
 
 
-def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
+def check_differs(
+    sources: Iterable[str | Path],
+    output: Path,
+    *,
+    overwrite: bool,
+    beside: Iterable[str] = STALE,
+) -> None:
     """Check that ``output`` can be written and is none of the sources.
 
     Args:
         sources: folders that the command reads; hub ids may be among them.
         output: the folder to write.
         overwrite: whether ``output`` may contain files.
+        beside: patterns of files that readers would load together with the new ones. By default a
+            model's weights, since transformers puts an adapter on top of a model in one folder.
 
     Raises:
-        ValueError: ``output`` is one of the sources or a file, or contains files.
+        ValueError: ``output`` is one of the sources or a file, or contains files, or with
+            ``overwrite`` a file of ``beside``.
         OSError: ``output`` cannot be written (a ``WriteError``).
 
     Example:
@@ -181,8 +192,6 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
         >>> from rasa_ext.commands.parsing import check_differs
         >>> check_differs(["checkpoint"], Path("new"), overwrite=False)
     """
-    from rasa_ext.writing import check_output
-
     for source in sources:
         if Path(source).resolve() == output.resolve():
             raise ValueError(
@@ -191,3 +200,8 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
     if output.is_file():
         raise ValueError(f"output: expected a folder, but {output} is a file.")
     check_output(output, overwrite=overwrite)
+    for path in (path for pattern in beside for path in output.glob(pattern)):
+        raise ValueError(
+            f"output: expected no {path.name} in {output}, since readers would load it together "
+            "with the new files; move it or choose another --output."
+        )

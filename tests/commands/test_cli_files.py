@@ -77,6 +77,18 @@ def test_an_output_that_holds_files(command, places, tmp_path):
     assert content(output) == before
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_and_an_adapter_never_share_a_folder(command, places, tmp_path):
+    # transformers would put the adapter on top of the merged model.
+    output, other = tmp_path / "out", "export-lora" if command == "merge" else "merge"
+    run(other, places, output)
+    before = content(output)
+    text = run(command, places, output, "--overwrite", code=1)
+    name = "adapter_config.json" if command == "merge" else "model.safetensors"
+    assert f"output: expected no {name} in {output}, since readers would load it together" in text
+    assert content(output) == before
+
+
 def test_an_output_without_permission_is_found_before_the_work(places, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_may_write", lambda _: False)  # root may write anywhere
     monkeypatch.setattr(models, "load_model", None)
