@@ -21,7 +21,7 @@ INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of the temporary folder within the output folder, and of the two folders in it."""
 
 CONFIG = "adapter_config.json"
-_CONFIGS = (CONFIG, "config.json")
+CONFIGS = (CONFIG, "config.json")
 """Configs, without which no reader reads a folder."""
 
 _PATIENCE = 10.0  # seconds; a lock is held while a few files are renamed
@@ -245,7 +245,7 @@ def _put_back(old: Path, target: Path) -> None:
 
 
 def _in_order(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda path: (path.name in _CONFIGS, path.name))
+    return sorted(folder.iterdir(), key=lambda path: (path.name in CONFIGS, path.name))
 
 
 def _finish(folder: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rasa_ext.checkpoint.files import CONFIG, PICKLE, WEIGHTS, read_config, read_tensors
-from rasa_ext.writing import STALE
+from rasa_ext.checkpoint.files import PICKLE, WEIGHTS, read_config, read_tensors
+from rasa_ext.writing import CONFIGS, STALE
 
 # File with the run's options, number of processes and digest of the data, to compare on resume.
 RUN = "run.json"
@@ -54,7 +54,7 @@ def make_room(folder: Path) -> None:
     for _, path in _numbered(folder):
         shutil.rmtree(path, ignore_errors=True)
     # transformers expects a whole model where a config.json is.
-    for pattern in (*STALE, "config.json", CONFIG, WEIGHTS, PICKLE):
+    for pattern in (*STALE, *CONFIGS, WEIGHTS, PICKLE):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

@@ -200,8 +200,8 @@ def check_differs(
     if output.is_file():
         raise ValueError(f"output: expected a folder, but {output} is a file.")
     check_output(output, overwrite=overwrite)
-    for path in (path for pattern in beside for path in output.glob(pattern)):
+    if found := [path.name for pattern in beside for path in output.glob(pattern)]:
         raise ValueError(
-            f"output: expected no {path.name} in {output}, since readers would load it together "
+            f"output: expected no {found[0]} in {output}, since readers would load it together "
             "with the new files; move it or choose another --output."
         )
