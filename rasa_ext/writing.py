@@ -17,6 +17,12 @@ from pathlib import Path
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 """Weights of an earlier model, which must not stay beside new ones."""
 
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "chat_template.jinja"),
+    "additional_chat_templates",  # a folder
+)
+"""Files of an earlier tokenizer, which readers would add to a new one that lacks them."""
+
 INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of the temporary folder within the output folder, and of the two folders in it."""
 
@@ -130,14 +136,14 @@ def _may_write(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) -> Iterator[Path]:
+def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield a temporary folder whose files move to ``output`` if the context succeeds.
 
     A new folder appears by one rename. In an existing folder the files replace old files of their
-    names, and old files that match ``stale`` are removed, by default weights of an earlier model.
-    Other files stay. After an error ``output`` is unchanged. If the process is killed, a folder has
-    all old files, or all new ones, or no config: then the old files are in the temporary folder,
-    and the next save first puts them back.
+    names, folders replace folders, and what matches ``stale`` is removed. Other files stay. After
+    an error ``output`` is unchanged. If the process is killed, a folder has all old files, or all
+    new ones, or no config: then the old files are in the temporary folder, and the next save first
+    puts them back.
 
     The temporary folder is new, so no link in ``output`` is written through. Files get the mode of
     the umask, which not every release of safetensors respects, and are on the disk before the first
@@ -225,7 +231,8 @@ def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     old.mkdir()
     try:
         for path in dict.fromkeys(leaving):
-            if path.is_symlink() or path.is_file():
+            kept = path.is_dir() and not path.is_symlink() and (source / path.name).is_file()
+            if os.path.lexists(path) and not kept:
                 os.replace(path, old / path.name)
         for path in new:
             os.replace(path, target / path.name)
@@ -240,6 +247,8 @@ def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
 
 def _put_back(old: Path, target: Path) -> None:
     for path in _in_order(old):
+        if path.is_dir():  # the new one may be there
+            shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)
     old.rmdir()
 

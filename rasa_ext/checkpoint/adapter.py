@@ -182,7 +182,7 @@ def write_tensors(
         "rasa_ext_version": __version__,
     }
     text = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
-    with new_folder(Path(directory), stale=()) as folder:
+    with new_folder(Path(directory)) as folder:
         write_files(folder, settings, tensors)
         write_card(folder, text, directory)
 

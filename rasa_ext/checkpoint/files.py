@@ -48,7 +48,7 @@ def write_adapter(
         >>> from rasa_ext.checkpoint import write_adapter
         >>> write_adapter("adapter", {"peft_type": "MINE"}, {"x": torch.ones(2)})
     """
-    with new_folder(Path(directory), stale=()) as folder:
+    with new_folder(Path(directory)) as folder:
         write_files(folder, config, tensors)
 
 

@@ -66,7 +66,7 @@ def write_lora(
     text = None
     if card is not None:
         text = lora_card(export, settings, card, format, layout, exact=written >= effective)
-    with new_folder(Path(directory), stale=()) as folder:
+    with new_folder(Path(directory)) as folder:
         write_format(format, folder, settings, tensors, export.root)
         write_card(folder, text, directory)
     return written

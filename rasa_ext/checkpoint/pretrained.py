@@ -103,7 +103,7 @@ def save_pretrained(
     if re.fullmatch(r"checkpoint-\d+", folder.name) is None:
         save_adapter(root, folder)
         return
-    with new_folder(folder, stale=()) as unfinished:
+    with new_folder(folder) as unfinished:
         save_adapter(root, unfinished, card=None)
         tensors = {key: tensor.contiguous() for key, tensor in trained_state(root).items()}
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rasa_ext.checkpoint.files import PICKLE, WEIGHTS, read_config, read_tensors
-from rasa_ext.writing import CONFIGS, STALE
+from rasa_ext.writing import CONFIGS, STALE, TOKENIZER
 
 # File with the run's options, number of processes and digest of the data, to compare on resume.
 RUN = "run.json"
@@ -54,9 +54,12 @@ def make_room(folder: Path) -> None:
     for _, path in _numbered(folder):
         shutil.rmtree(path, ignore_errors=True)
     # transformers expects a whole model where a config.json is.
-    for pattern in (*STALE, *CONFIGS, WEIGHTS, PICKLE):
+    for pattern in (*STALE, *TOKENIZER, *CONFIGS, WEIGHTS, PICKLE):
         for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -18,7 +18,7 @@ from trl import SFTConfig
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.commands.data import Row, rows_for_sft
-from rasa_ext.commands.models import base_of, load_model, load_tokenizer
+from rasa_ext.commands.models import base_of, load_model, tokenizer_of
 from rasa_ext.commands.options import RECORD
 from rasa_ext.commands.output import working
 from rasa_ext.commands.paths import is_adapter
@@ -53,8 +53,7 @@ def each_model(
             if wanted != loaded:
                 with working(f"Loading {wanted}"):
                     loaded, model = wanted, load_model(wanted, dtype).to(device)
-            own = (path / "tokenizer_config.json").is_file()
-            tokenizer = load_tokenizer(name if own else wanted)
+            tokenizer = tokenizer_of(path, wanted)
         if not adapted:
             yield name, model, tokenizer
         elif read_config(path).get("peft_type") == "RASA":

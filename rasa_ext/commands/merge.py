@@ -20,6 +20,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write a standalone model.
 
+    The tokenizer is the one saved with the adapter, or else the base's.
+
     Args:
         adapter: Adapter directory.
         model: Base model: hub id, directory or .gguf. [default: the one that the adapter names]
@@ -28,17 +30,18 @@ def merge(
     check_dtype(dtype)
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
-    from rasa_ext.commands.models import base_of, load_model, load_tokenizer, save_model
-    from rasa_ext.writing import CONFIG, new_folder
+    from rasa_ext.commands.models import base_of, load_model, save_model, tokenizer_of
+    from rasa_ext.writing import CONFIG, STALE, TOKENIZER, new_folder
 
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite, beside=[CONFIG])
-        base, tokenizer = load_model(name, dtype), load_tokenizer(name)
+        base, tokenizer = load_model(name, dtype), tokenizer_of(adapter, name)
         rasa_ext.load_adapter(base, adapter)
         change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(base))
         card = _card(base, adapter)
         merged = rasa_ext.merge_and_unload(base)
-        with new_folder(output, "the adapter and the base are whole") as folder:
+        whole = "the adapter and the base are whole"
+        with new_folder(output, whole, (*STALE, *TOKENIZER)) as folder:
             save_model(merged, tokenizer, folder)
             write_card(folder, card, output)
     console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")

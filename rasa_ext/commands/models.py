@@ -162,6 +162,15 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def tokenizer_of(adapter: Path, base: str) -> Any:
+    """Load the tokenizer saved with an adapter, whose chat template it was trained with.
+
+    Without one, load the base's.
+    """
+    own = (adapter / "tokenizer_config.json").is_file()
+    return load_tokenizer(str(adapter) if own else base)
+
+
 def is_model(path: Path) -> bool:
     """Return whether a path is a model's directory or a .gguf file."""
     if path.suffix == ".gguf":

@@ -142,6 +142,28 @@ def test_killed_at_any_moment_a_folder_loads_as_one_whole_version(tmp_path):
     assert set(seen) == {"old", "new"}
 
 
+def test_killed_at_any_moment_a_folder_within_is_whole(tmp_path):
+    def save(folder, version):
+        with writing.new_folder(folder) as new:
+            (new / CONFIG).write_text(version)
+            (new / "within").mkdir()
+            (new / "within" / version).write_text(version)
+
+    for call in itertools.count(1):
+        folder = tmp_path / str(call)
+        save(folder, "old")
+        if not killed_at(call, lambda: save(folder, "new")):  # noqa: B023
+            break
+        if (folder / CONFIG).exists():
+            version = (folder / CONFIG).read_text()
+            assert [path.name for path in (folder / "within").iterdir()] == [version]
+        killed_at(call + 1, lambda: save(folder, "old"))  # noqa: B023
+        save(folder, "new")
+        files = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+        assert files == {CONFIG: "new", "new": "new"}
+    assert call > 6  # two folders, two moves out, two moves in
+
+
 def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path):
     models = [lora(8.0, seed=1), lora(32.0, seed=2)]
     for trial in range(30):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from rasa_ext import writing as module
-from rasa_ext.writing import WriteError, check_output, new_folder, writing
+from rasa_ext.writing import STALE, TOKENIZER, WriteError, check_output, new_folder, writing
 from tests.helpers.file_limit import file_limit
 from tests.helpers.threads import run_in_threads
 
@@ -96,7 +96,7 @@ def test_a_new_folder_appears_whole(tmp_path):
 def write(output: Path, files: dict[str, str], error: BaseException | None = None) -> None:
     """Write the files through a new folder, then raise ``error`` if there is one."""
     before = tree(output) if output.exists() else {}
-    with new_folder(output, "the base is whole") as folder:
+    with new_folder(output, "the base is whole", (*STALE, *TOKENIZER)) as folder:
         for name, text in files.items():
             (folder / name).write_text(text)
         if output.exists():
@@ -118,6 +118,9 @@ OLD = {
     "model-00001-of-00002.safetensors": "old",
     "model.safetensors.index.json": "old",
     "pytorch_model.bin": "old",
+    "chat_template.jinja": "old",
+    "additional_chat_templates": "/",
+    "additional_chat_templates/tool.jinja": "old",
     "model.gguf": "mine",
     "notes": "/",
     "notes/today": "mine",
@@ -126,9 +129,10 @@ OLD = {
 
 @pytest.fixture
 def old(tmp_path) -> Path:
-    (tmp_path / "notes").mkdir()
     for name, text in OLD.items():
-        if text != "/":
+        if text == "/":
+            (tmp_path / name).mkdir()
+        else:
             (tmp_path / name).write_text(text)
     return tmp_path
 
@@ -147,6 +151,20 @@ def test_weights_of_an_earlier_model_go_and_the_rest_stays(old):
 def test_a_failure_leaves_what_was_there(old):
     with pytest.raises(WriteError, match="the base is whole, and the files there are unchanged"):
         write(old, {"config.json": "new"}, OSError(errno.ENOSPC, "No space"))
+    assert tree(old) == OLD
+
+
+def test_a_folder_replaces_the_earlier_folder(tmp_path):
+    for text in ("old", "new"):
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / text).write_text(text)
+    assert tree(tmp_path / "out") == {"sub": "/", "sub/new": "new"}
+
+
+def test_a_file_does_not_replace_a_folder(old):
+    with pytest.raises(WriteError, match="is a directory; the base is whole, and the files there"):
+        write(old, {"config.json": "new", "notes": "new"})
     assert tree(old) == OLD
 
 

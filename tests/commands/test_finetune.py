@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rasa_ext
 from rasa_ext.commands import callbacks, training
+from rasa_ext.commands.models import load_tokenizer
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.results import plot_loss
 from rasa_ext.writing import WriteError
@@ -36,7 +37,14 @@ from tests.helpers.finetuning import (
     run,
 )
 from tests.helpers.quantized import quantized
-from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
+from tests.helpers.tiny_lm import (
+    CHATML,
+    make_model,
+    make_tokenizer,
+    save_base,
+    sums,
+    write_jsonl,
+)
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +247,16 @@ def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
     assert [row[0] for row in losses(options.output)] == [1, 2]
     record = (Path(options.output) / "finetune.yaml").read_text()
     assert "overwrite" not in record  # or --config would replace it once more
+
+
+def test_a_run_that_replaces_another_keeps_none_of_the_chat_templates(options, tmp_path):
+    several = {"default": CHATML, "tool_use": CHATML}
+    for template in (several, None):
+        model = str(tmp_path / f"base-{template is None}")
+        make_model().save_pretrained(model)
+        make_tokenizer(template).save_pretrained(model)
+        run(options, model=model, max_steps=1, overwrite=True)
+        assert load_tokenizer(options.output).chat_template == template
 
 
 def test_the_base_is_not_replaced(options, base):
