@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rasa_ext.commands.data import check_source, conversation, questions, read_examples
+from rasa_ext.commands.options import trained_with_template
 from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import check_dtype, check_least
 
@@ -62,7 +63,7 @@ def evaluate(
     given: dict[str, list[str]] = {}
     for name, each, tokenizer in measuring.each_model(targets, model, dtype):
         console.print(f"{name}: {len(examples):,} examples", markup=False)
-        uses = measuring.trained_with_template(name) if template is None else template
+        uses = trained_with_template(name) if template is None else template
         loss = measuring.held_out_loss(each, tokenizer, examples, uses, seq_len, batch_size)
         matched = "-"
         if judged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rasa_ext.commands.options import note_template
 from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs
 
@@ -25,6 +26,8 @@ def export_lora(
 ) -> None:
     """Write an adapter as a plain LoRA for PEFT, vLLM, SGLang, llama.cpp and mlx-lm.
 
+    In PEFT's format, the tokenizer saved with the adapter goes along.
+
     Args:
         adapter: Adapter directory.
         model: Base model: hub id, directory or .gguf. [default: the one that the adapter names]
@@ -40,11 +43,13 @@ def export_lora(
 
     import rasa_ext
     from rasa_ext.checkpoint.serving import serving_help
-    from rasa_ext.commands.models import base_of, load_model
+    from rasa_ext.commands.models import base_of, load_model, own_tokenizer
     from rasa_ext.patching.state import adapted_experts
+    from rasa_ext.writing import TOKENIZER, new_folder
 
     with base_of(adapter, model) as name, working(f"Exporting {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite)
+        tokenizer = own_tokenizer(adapter) if format == "peft" else None
         base = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
         size = rasa_ext.export_size(base, expert_layout=expert_layout, rank=rank)
         console.print(f"The LoRA takes {_bytes(size)}.")
@@ -65,8 +70,12 @@ def export_lora(
             allow_dropped=allow_dropped,
             card=rasa_ext.Card.read(adapter),
         )
+        if tokenizer is not None:
+            with new_folder(output, "the LoRA is whole", TOKENIZER) as folder:
+                tokenizer.save_pretrained(folder)
         truncation = None if rank is None else rasa_ext.export_error(base, rank)
     console.print(f"LoRA of rank {written} in {output}.")
+    note_template(adapter)
     if truncation is not None:
         table = table_of("layer", "error")
         for layer, error in {**truncation.layers, "all": truncation.error}.items():

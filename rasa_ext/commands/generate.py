@@ -48,7 +48,8 @@ def generate(
             "prompt: expected --prompt with several models, because a chat takes only one model, "
             f"got {', '.join(targets)}."
         )
-    from rasa_ext.commands.measuring import each_model, trained_with_template
+    from rasa_ext.commands.measuring import each_model
+    from rasa_ext.commands.options import trained_with_template
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature:

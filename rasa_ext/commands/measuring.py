@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import pipeline
 from trl import SFTConfig
 
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.commands.data import Row, rows_for_sft
-from rasa_ext.commands.models import base_of, load_model, tokenizer_of
-from rasa_ext.commands.options import RECORD
+from rasa_ext.commands.models import base_of, load_model, load_tokenizer, own_tokenizer
 from rasa_ext.commands.output import working
 from rasa_ext.commands.paths import is_adapter
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
@@ -53,7 +51,7 @@ def each_model(
             if wanted != loaded:
                 with working(f"Loading {wanted}"):
                     loaded, model = wanted, load_model(wanted, dtype).to(device)
-            tokenizer = tokenizer_of(path, wanted)
+            tokenizer = own_tokenizer(path) or load_tokenizer(wanted)
         if not adapted:
             yield name, model, tokenizer
         elif read_config(path).get("peft_type") == "RASA":
@@ -65,12 +63,6 @@ def each_model(
             lora = PeftModel.from_pretrained(model, name).eval()
             yield name, lora, tokenizer
             lora.unload()
-
-
-def trained_with_template(name: str) -> bool:
-    """Return whether `finetune` trained an adapter with the chat template; True for others."""
-    record = Path(name) / RECORD
-    return not record.is_file() or yaml.safe_load(record.read_text()).get("template", True)
 
 
 def held_out_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rasa_ext.commands.options import note_template
 from rasa_ext.commands.output import command, console, working
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs, check_dtype
 
@@ -30,12 +31,18 @@ def merge(
     check_dtype(dtype)
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
-    from rasa_ext.commands.models import base_of, load_model, save_model, tokenizer_of
+    from rasa_ext.commands.models import (
+        base_of,
+        load_model,
+        load_tokenizer,
+        own_tokenizer,
+        save_model,
+    )
     from rasa_ext.writing import CONFIG, STALE, TOKENIZER, new_folder
 
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite, beside=[CONFIG])
-        base, tokenizer = load_model(name, dtype), tokenizer_of(adapter, name)
+        base, tokenizer = load_model(name, dtype), own_tokenizer(adapter) or load_tokenizer(name)
         rasa_ext.load_adapter(base, adapter)
         change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(base))
         card = _card(base, adapter)
@@ -45,6 +52,7 @@ def merge(
             save_model(merged, tokenizer, folder)
             write_card(folder, card, output)
     console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
+    note_template(adapter)
 
 
 def _card(model: Any, adapter: Path) -> str:

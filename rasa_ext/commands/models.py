@@ -162,13 +162,10 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def tokenizer_of(adapter: Path, base: str) -> Any:
-    """Load the tokenizer saved with an adapter, whose chat template it was trained with.
-
-    Without one, load the base's.
-    """
-    own = (adapter / "tokenizer_config.json").is_file()
-    return load_tokenizer(str(adapter) if own else base)
+def own_tokenizer(adapter: Path) -> Any:
+    """Load the tokenizer, with the chat template, that an adapter was trained with, or None."""
+    found = (adapter / "tokenizer_config.json").is_file()
+    return load_tokenizer(str(adapter)) if found else None
 
 
 def is_model(path: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rasa_ext.commands.data import check_source
+from rasa_ext.commands.output import console
 from rasa_ext.commands.parsing import (
     check_differs,
     check_dtype,
@@ -269,6 +270,21 @@ class FinetuneOptions:
         """
         left_out = {"resume", "overwrite", *(OF_AN_ADAPTER if self.init_adapter else ())}
         return {n: v for n, v in dataclasses.asdict(self).items() if n not in left_out}
+
+
+def trained_with_template(name: str | Path) -> bool:
+    """Return whether `finetune` trained an adapter with the chat template; True for others."""
+    record = Path(name) / RECORD
+    return not record.is_file() or yaml.safe_load(record.read_text()).get("template", True)
+
+
+def note_template(adapter: Path) -> None:
+    """Say what no file beside the record says: that an adapter was trained without a template."""
+    if not trained_with_template(adapter):
+        console.print(
+            "The adapter was trained without a chat template: send it plain prompts, and pass "
+            "--no-template to evaluate and generate."
+        )
 
 
 def _names(text: str) -> str | list[str] | None:

@@ -59,14 +59,15 @@ def test_merge_writes_a_standalone_model(base, tuned, expected, tmp_path):
     assert both[0]("what is").input_ids == both[1]("what is").input_ids
 
 
-def test_merge_writes_the_tokenizer_that_the_adapter_was_trained_with(tuned, tmp_path):
-    """Each merge replaces the templates of the one before."""
+@pytest.mark.parametrize("command", ["merge", "export-lora"])
+def test_the_tokenizer_that_the_adapter_was_trained_with_goes_along(command, tuned, tmp_path):
+    """Each output replaces the templates of the one before."""
     templates = {"several": {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}, "none": None}
     for name in ("several", "several", "none"):
         adapter = shutil.copytree(tuned, tmp_path / name, dirs_exist_ok=True)
         make_tokenizer(templates[name]).save_pretrained(adapter)
-        invoke("merge", adapter, "--output", tmp_path / "merged", "--overwrite")
-        written = AutoTokenizer.from_pretrained(tmp_path / "merged")
+        invoke(command, adapter, "--output", tmp_path / "out", "--overwrite")
+        written = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert written.chat_template == templates[name]
 
 

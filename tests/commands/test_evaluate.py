@@ -13,7 +13,7 @@ from rasa_ext.commands import generate, measuring
 from rasa_ext.commands.app import app
 from rasa_ext.commands.measuring import by_pattern
 from tests.helpers.cli import invoke, load
-from tests.helpers.tiny_lm import make_tokenizer, save_base, sums, write_jsonl
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,30 @@ def folder(tmp_path_factory) -> Path:
     invoke("export-lora", folder / "one", "--output", folder / "lora")
     invoke("merge", folder / "one", "--output", folder / "merged")
     return folder
+
+
+@pytest.mark.parametrize("command", ["merge", "export-lora"])
+def test_what_is_made_of_an_adapter_without_a_template_says_so(command, folder, tmp_path):
+    texts = [invoke(command, folder / n, "--output", tmp_path / n) for n in ("one", "two")]
+    assert ["trained without a chat template" in text for text in texts] == [False, True]
+
+
+def test_conversations_without_a_template_are_asked_alike_in_every_form(tmp_path, monkeypatch):
+    """finetune gives a tokenizer without a template a plain one, which is not the base's."""
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer(None).save_pretrained(tmp_path / "base")
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "that"}]
+    data = write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 2)
+    one, *others = (tmp_path / name for name in ("one", "merged", "lora"))
+    invoke("finetune", "--model", tmp_path / "base", "--data", data, "--output", one, "--epochs", 1)
+    for command, output in zip(("merge", "export-lora"), others, strict=True):
+        invoke(command, one, "--output", output)
+    asked = []
+    monkeypatch.setattr(generate, "print_answer", lambda *given: asked.append(given[1:3]))
+    invoke("generate", one, *others, "--prompt", "what")
+    assert all(template for _, template in asked)
+    texts = {each.apply_chat_template(turns, tokenize=False) for each, _ in asked}
+    assert texts == {"user: what\nassistant: that<|end|>\n"}
 
 
 def summary(folder: Path, name: str) -> dict:
