@@ -43,13 +43,11 @@ def export_lora(
 
     import rasa_ext
     from rasa_ext.checkpoint.serving import serving_help
-    from rasa_ext.commands.models import base_of, load_model, own_tokenizer
+    from rasa_ext.commands.models import base_of, copy_tokenizer, load_model
     from rasa_ext.patching.state import adapted_experts
-    from rasa_ext.writing import TOKENIZER, new_folder
 
     with base_of(adapter, model) as name, working(f"Exporting {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite)
-        tokenizer = own_tokenizer(adapter) if format == "peft" else None
         base = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
         size = rasa_ext.export_size(base, expert_layout=expert_layout, rank=rank)
         console.print(f"The LoRA takes {_bytes(size)}.")
@@ -70,9 +68,8 @@ def export_lora(
             allow_dropped=allow_dropped,
             card=rasa_ext.Card.read(adapter),
         )
-        if tokenizer is not None:
-            with new_folder(output, "the LoRA is whole", TOKENIZER) as folder:
-                tokenizer.save_pretrained(folder)
+        if format == "peft":
+            copy_tokenizer(adapter, output)
         truncation = None if rank is None else rasa_ext.export_error(base, rank)
     console.print(f"LoRA of rank {written} in {output}.")
     note_template(adapter)

@@ -20,7 +20,7 @@ def import_lora(
     """
     from rasa_ext import Card
     from rasa_ext.checkpoint import convert_lora, read_lora
-    from rasa_ext.commands.models import base_of, load_skeleton
+    from rasa_ext.commands.models import base_of, copy_tokenizer, load_skeleton
 
     with base_of(lora, model, "lora") as base_name:
         check_differs((lora, base_name), output, overwrite=overwrite)
@@ -29,6 +29,7 @@ def import_lora(
     name = f"the LoRA `{lora.resolve().name}` of rank {read.rank}"
     card = Card(sections={"Source": f"Computes the same function as {name}."})
     convert_lora(base, read, str(lora)).save(base, output, card=card)
+    copy_tokenizer(lora, output)
     console.print(
         f"Adapter of k = 0 and rank {read.rank}, for {len(read.factors)} layers in {output}.",
         markup=False,

@@ -19,11 +19,12 @@ def import_official(
         model: Base model: hub id, directory or .gguf. [default: the one that the checkpoint names]
     """
     import rasa_ext
-    from rasa_ext.commands.models import base_of, load_model
+    from rasa_ext.commands.models import base_of, copy_tokenizer, load_model
 
     source = f"A checkpoint of the official RaSA code, `{checkpoint.resolve().name}`."
     with base_of(checkpoint, model, "checkpoint") as name, working(f"Reading {checkpoint}"):
         check_differs((checkpoint, name), output, overwrite=overwrite)
         base = rasa_ext.load_official(load_model(name), checkpoint)
         rasa_ext.save_adapter(base, output, card=rasa_ext.Card(sections={"Source": source}))
+        copy_tokenizer(checkpoint, output)
     console.print(f"Adapter in {output}.")

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.commands.parsing import DTYPES
 from rasa_ext.commands.paths import SMOLLM2, ModelError, check_adapter, check_model, is_adapter
+from rasa_ext.writing import TOKENIZER, new_folder
 
 __all__ = ["base_skeleton", "load_model", "load_skeleton", "load_tokenizer"]
 
@@ -163,9 +165,25 @@ def load_tokenizer(name: str) -> Any:
 
 
 def own_tokenizer(adapter: Path) -> Any:
-    """Load the tokenizer, with the chat template, that an adapter was trained with, or None."""
-    found = (adapter / "tokenizer_config.json").is_file()
-    return load_tokenizer(str(adapter)) if found else None
+    """Load the tokenizer, with the chat template, that an adapter was trained with, or None.
+
+    One that cannot be loaded is None, with a warning: the base's usually does as well.
+    """
+    if not (adapter / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return load_tokenizer(str(adapter))
+    except ModelError as error:
+        why = error.__cause__ or error
+        warnings.warn(f"the tokenizer saved with {adapter} is left out: {why}", stacklevel=2)
+        return None
+
+
+def copy_tokenizer(adapter: Path, output: Path) -> None:
+    """Write the tokenizer saved with an adapter, if there is one, into another folder."""
+    if (tokenizer := own_tokenizer(adapter)) is not None:
+        with new_folder(output, "the adapter is whole", TOKENIZER) as folder:
+            tokenizer.save_pretrained(folder)
 
 
 def is_model(path: Path) -> bool:

@@ -22,7 +22,7 @@ from rasa_ext.commands.app import app
 from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load, logits, save_lora, save_official
-from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
+from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +57,6 @@ def test_merge_writes_a_standalone_model(base, tuned, expected, tmp_path):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     both = [AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", base)]
     assert both[0]("what is").input_ids == both[1]("what is").input_ids
-
-
-@pytest.mark.parametrize("command", ["merge", "export-lora"])
-def test_the_tokenizer_that_the_adapter_was_trained_with_goes_along(command, tuned, tmp_path):
-    """Each output replaces the templates of the one before."""
-    templates = {"several": {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}, "none": None}
-    for name in ("several", "several", "none"):
-        adapter = shutil.copytree(tuned, tmp_path / name, dirs_exist_ok=True)
-        make_tokenizer(templates[name]).save_pretrained(adapter)
-        invoke(command, adapter, "--output", tmp_path / "out", "--overwrite")
-        written = AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert written.chat_template == templates[name]
 
 
 def test_merge_in_another_dtype(base, tuned, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rasa_ext.commands.app import app
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load, save_official
 from tests.helpers.file_limit import file_limit
-from tests.helpers.tiny_lm import save_base
+from tests.helpers.tiny_lm import make_tokenizer, save_base
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,29 @@ def test_what_is_read_is_never_overwritten(command, places):
         text = run(command, places, read, "--overwrite", code=1)
         assert "output: expected another directory than those of the inputs" in text
         assert content(read) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_tokenizer_that_an_adapter_was_trained_with_goes_along(command, places, tmp_path):
+    """Each output replaces the templates of the one before."""
+    templates = {"several": {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}, "none": None}
+    read = COMMANDS[command][1]
+    for name in ("several", "several", "none"):
+        adapter = shutil.copytree(places[read], tmp_path / name, dirs_exist_ok=True)
+        make_tokenizer(templates[name]).save_pretrained(adapter)
+        run(command, {**places, read: adapter}, tmp_path / "out", "--overwrite")
+        written = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert written.chat_template == templates[name]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tokenizer_that_cannot_be_loaded_is_left_out(command, places, tmp_path):
+    read = COMMANDS[command][1]
+    adapter = shutil.copytree(places[read], tmp_path / "in")
+    (adapter / "tokenizer_config.json").write_text("{")
+    with pytest.warns(UserWarning, match=f"the tokenizer saved with {adapter} is left out: "):
+        run(command, {**places, read: adapter}, tmp_path / "out")
+    assert "rasa_ext" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatch):
