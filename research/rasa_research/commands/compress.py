@@ -62,6 +62,7 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the RaSA adapter closest to a full fine-tuning or a larger LoRA."""
+    from rasa_ext.commands.models import copy_tokenizer
     from rasa_ext.commands.parsing import parse_targets
     from rasa_research.solver.conversion import compress_finetuned, compress_lora
 
@@ -88,6 +89,7 @@ def compress(
                 solver=solver,
                 overwrite=overwrite,
             )
+    copy_tokenizer(lora or Path(str(finetuned)), output)
     if lora is not None:
         console.print(f"The LoRA has {read.num_parameters:,} parameters, at rank {read.rank}.")
     _show(found, output)

@@ -12,11 +12,15 @@ import torch
 from matplotlib.figure import Figure
 
 import rasa_ext
+from rasa_ext.commands.models import load_tokenizer
 from rasa_research import solver
 from rasa_research.solver.plots import plot_errors
 from tests.helpers.cli import TOKENS, invoke, load, logits, save_lora
 from tests.helpers.file_limit import file_limit
-from tests.helpers.tiny_lm import make_model, save_base
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
+
+TEMPLATE = "{{ messages[0]['content'] }}"
+"""The chat template of the fine-tuned model, which the base does not have."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,7 @@ def tuned(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("compress") / "tuned"
     model.save_pretrained(directory, max_shard_size="50KB")
     assert (directory / "model.safetensors.index.json").exists()
+    make_tokenizer(TEMPLATE).save_pretrained(directory)
     return directory
 
 
@@ -71,6 +76,7 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     with torch.no_grad():
         before, near = (m(input_ids=TOKENS, labels=TOKENS).loss.item() for m in (load(base), model))
     assert near < before - 0.5
+    assert load_tokenizer(str(out)).chat_template == TEMPLATE
 
 
 def test_compress_of_models_that_do_not_differ(base, tmp_path):
