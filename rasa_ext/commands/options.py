@@ -73,7 +73,8 @@ class FinetuneOptions:
             <prompt><completion><EOS>, so a space or line break between the two must be in the
             data.
         init_adapter: Directory of an adapter, or of a LoRA that PEFT wrote, to train further.
-            It sets method, rank and layers, so omit those options.
+            It sets method, rank and layers, so omit those options; a tokenizer saved with it
+            replaces the model's.
         method: The adapter's method: rasa, lora, or another method of rasa_ext.methods or of an
             installed package.
         rank: LoRA rank r per layer.

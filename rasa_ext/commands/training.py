@@ -30,7 +30,7 @@ from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
 from rasa_ext.commands.data import DataError, read_examples, rows_for_sft
-from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer
+from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer, own_tokenizer
 from rasa_ext.commands.options import RECORD, FinetuneOptions
 from rasa_ext.commands.output import working
 from rasa_ext.commands.parsing import parse_yaml
@@ -58,13 +58,16 @@ def train(
         options: options of the run.
         console: prints the progress.
         model: a loaded model, which is unpatched afterwards; None loads it by name.
-        tokenizer: the model's tokenizer; None loads it by name.
+        tokenizer: None loads the one saved with `options.init_adapter`, or else the model's.
 
     Raises ValueError, whose message names the option or the line of data, or FileNotFoundError.
     """
     output = Path(options.output)
     resumed = newest_whole(output, console) if options.resume else None
-    tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
+    if tokenizer is None and options.init_adapter is not None:
+        tokenizer = own_tokenizer(Path(options.init_adapter))
+    if tokenizer is None:
+        tokenizer = load_tokenizer(options.model)
     names = options.prompt_field, options.completion_field
     asked = {"data": options.data, "eval_data": options.eval_data}
     sources = {option: source for option, source in asked.items() if source is not None}

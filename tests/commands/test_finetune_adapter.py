@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import rasa_ext
-from rasa_ext.commands.models import load_model
+from rasa_ext.commands.models import load_model, load_tokenizer
 from rasa_ext.commands.options import FinetuneOptions
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load, logits, save_lora
 from tests.helpers.finetuning import assert_same_runs, interrupted, losses, run
-from tests.helpers.tiny_lm import save_base, sums, write_jsonl
+from tests.helpers.tiny_lm import CHATML, make_tokenizer, save_base, sums, write_jsonl
 
 STILL = 1e-30  # a learning rate that changes nothing
 
@@ -69,6 +70,15 @@ def test_an_adapter_is_trained_on_from_what_it_computes(name, said, folder, opti
     assert said in again
     model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
     assert (logits(model) - expected).abs().max() > 0.01
+
+
+def test_an_adapter_is_trained_on_with_its_own_chat_template(folder, options, tmp_path):
+    start, template = tmp_path / "start", CHATML.replace("im_start", "turn")
+    shutil.copytree(folder / "rasa", start)
+    make_tokenizer(template).save_pretrained(start)
+    text = run(options, init_adapter=str(start), max_steps=1)[1]
+    assert "<|turn|>user" in text
+    assert load_tokenizer(options.output).chat_template == template
 
 
 def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path, monkeypatch):
