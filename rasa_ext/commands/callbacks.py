@@ -39,8 +39,9 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the rows of the run's earlier part, if it is resumed."""
-        text = "".join(json.dumps(row) + "\n" for row in state.log_history)
-        self.path.write_text(text, encoding="utf-8")
+        if state.is_world_process_zero:
+            text = "".join(json.dumps(row) + "\n" for row in state.log_history)
+            self.path.write_text(text, encoding="utf-8")
         self._seen = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -76,8 +77,9 @@ class MetricsCallback(TrainerCallback):
                 f"(now {args.learning_rate:g}) or use --dtype float32."
             )
         state.log_history[-1] = row
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         self._show(row, state)
 
     def _show(self, row: dict[str, Any], state: Any) -> None:

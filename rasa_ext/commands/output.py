@@ -23,9 +23,11 @@ INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
 P = ParamSpec("P")
 
-# A command prints its results to the console (stdout), and progress and errors to stderr.
-console = Console(highlight=False, soft_wrap=True)
-progress = Console(stderr=True, highlight=False, soft_wrap=True)
+# A command prints its results to the console (stdout), and progress and errors to stderr. Of the
+# processes that torchrun starts, the first prints, and every one prints errors.
+_other = os.environ.get("RANK", "0") != "0"
+console = Console(highlight=False, soft_wrap=True, quiet=_other)
+progress = Console(stderr=True, highlight=False, soft_wrap=True, quiet=_other)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -69,6 +71,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             text = _one_sentence(error, str(kwargs.get("output") or "the output"))
             if text is None or logging.getLogger("rasa_ext").isEnabledFor(logging.DEBUG):
                 raise
+            progress.quiet = False
             progress.print("Error:", style="bold red", end=" ")
             progress.print(text, markup=False)
             raise typer.Exit(1) from None

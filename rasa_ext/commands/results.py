@@ -51,6 +51,8 @@ def write_results(
     trainer.model.eval()
     trainer.card = run_card(trainer, options, result)
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return result
     if losses:
         config = patch_state(trainer.base_model).config
         rank = f" r={config.rank}" if hasattr(config, "rank") else ""

@@ -154,8 +154,15 @@ class AdapterTrainer(SFTTrainer):
         return output
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict like Trainer's method, and add the batch's loss and tokens to the totals."""
-        tokens = (inputs["labels"][:, 1:] != IGNORE).sum().item()
+        """Predict like Trainer's method, and add the batch's loss and tokens to the totals.
+
+        With several processes, the last batches repeat earlier rows, to be as large as the others.
+        """
+        rows, state = len(inputs["labels"]), self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            rows = max(0, state.remainder - rows * self.args.process_index)
+        inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
+        tokens = (inputs["labels"][:rows, 1:] != IGNORE).sum().item()
         loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
         self._held_out += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         return loss, *others

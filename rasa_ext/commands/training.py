@@ -78,7 +78,7 @@ def train(
         options = dataclasses.replace(options, template=False)
     record = {
         **options.to_dict(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": _processes(),
         "sha256_of_data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
     state = None
@@ -128,11 +128,12 @@ def train(
         for callback in steps:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
     else:
-        output.mkdir(parents=True, exist_ok=True)
-        if options.overwrite:
-            make_room(output)
-        text = yaml.safe_dump(options.to_dict(), sort_keys=False)
-        (output / RECORD).write_text(text, encoding="utf-8")
+        if trainer.is_world_process_zero():
+            output.mkdir(parents=True, exist_ok=True)
+            if options.overwrite:
+                make_room(output)
+            text = yaml.safe_dump(options.to_dict(), sort_keys=False)
+            (output / RECORD).write_text(text, encoding="utf-8")
         trainer.add_callback(MetricsCallback(output / "metrics.jsonl", console))
         with InterruptCallback(console) as stop:
             trainer.add_callback(stop)
@@ -143,6 +144,11 @@ def train(
         unpatch(model)
         vars(model).pop("forward", None)  # TRL's own forward, which can omit logits
     return result
+
+
+def _processes() -> int:
+    """Return how many processes torchrun, or accelerate, has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
@@ -228,6 +234,8 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "packing_strategy": "bfd_split" if plain else "bfd",  # bfd cuts longer examples
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if _processes() > 1 and not torch.accelerator.is_available():
+        usual |= {"use_cpu": True, "ddp_backend": "gloo"}  # or each process would train alone
     given = parse_yaml("training_arguments", options.training_arguments)
     ours: dict[str, Any] = {
         "output_dir": options.output,

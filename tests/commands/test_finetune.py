@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
@@ -36,6 +37,7 @@ from tests.helpers.finetuning import (
     read_metrics,
     run,
 )
+from tests.helpers.processes import MEET, launch
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import (
     CHATML,
@@ -325,6 +327,27 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     with pytest.raises(ValueError, match=r"processes \(1 before, 2 now\)"):
         run(options, max_steps=3, resume=True)
     assert content(options.output) == before
+
+
+@pytest.mark.parametrize("held_out", [3, 5])
+def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path):
+    """Every step has all four rows. The second process has none or one of the held-out rows."""
+    rows = [{"prompt": "what is ", "completion": "plus " * n} for n in (1, 2, 5, 9, 3)]
+    files = {"data": rows[:4], "eval_data": rows[-held_out:]}
+    given = {name: str(write_jsonl(tmp_path / name, each)) for name, each in files.items()}
+    given |= {"model": str(base), "rank": 4, "lr": 1e-2, "epochs": 2, "dtype": "float32"}
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    result, _ = run(FinetuneOptions(**given, batch_size=4, output=one))
+    text = yaml.safe_dump({**given, "batch_size": 2, "output": two})
+    (tmp_path / "options.yaml").write_text(text)
+    text = launch(Path(sys.executable), "torch.distributed.run", "finetune.py", tmp_path, *MEET)
+    assert text.count("step 2/2") == 1
+    assert [row["step"] for row in read_metrics(Path(two) / "metrics.jsonl")] == [0, 1, 2, 2]
+    assert losses(two) == [pytest.approx(row, rel=1e-4) for row in losses(one)]
+    again = json.loads((Path(two) / "summary.json").read_text())
+    for name in ("eval_loss_before", "eval_loss"):
+        assert again[name] == pytest.approx(result[name], rel=1e-4)
+    rasa_ext.load_adapter(make_model(), two)
 
 
 def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):

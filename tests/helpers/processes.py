@@ -17,10 +17,14 @@ PARITY = 1e-6
 """Largest difference in float32 between a training in one process and in two."""
 
 
-def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> None:
-    """Run a script of tests/workers under ``launcher``, with a free port for the processes.
+MEET = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
+"""torchrun's options for two processes."""
 
-    ``options`` must end with the launcher's port option; the port is appended.
+
+def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> str:
+    """Run a script of tests/workers under ``launcher``, and return the printed text.
+
+    ``options`` must end with the launcher's port option; a free port is appended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,12 +36,12 @@ def launch(python: Path, launcher: str, worker: str, directory: Path, *options: 
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def torchrun(python: Path, worker: str, directory: Path) -> Path:
     """Run a script under torchrun in two processes; return the folder that it writes to."""
-    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-    launch(python, "torch.distributed.run", worker, directory, *meet)
+    launch(python, "torch.distributed.run", worker, directory, *MEET)
     return directory
 
 
