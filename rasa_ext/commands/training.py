@@ -231,6 +231,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "per_device_eval_batch_size": 2 * options.batch_size,  # no activations are stored
         "save_total_limit": 2,
         "report_to": [],
+        "log_level_replica": "error",  # as the first process has it
         "packing_strategy": "bfd_split" if plain else "bfd",  # bfd cuts longer examples
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
