@@ -159,9 +159,10 @@ class AdapterTrainer(SFTTrainer):
         With several processes, the last batches repeat earlier rows, to be as large as the others.
         """
         rows, state = len(inputs["labels"]), self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            rows = max(0, state.remainder - rows * self.args.process_index)
-        inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
+        left = state.remainder - rows * self.args.process_index  # in the last batch, if not full
+        if state.end_of_dataloader and state.remainder > 0 and left < rows:
+            rows = max(0, left)
+            inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
         tokens = (inputs["labels"][:rows, 1:] != IGNORE).sum().item()
         loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
         self._held_out += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
