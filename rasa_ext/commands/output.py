@@ -23,11 +23,9 @@ INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
 P = ParamSpec("P")
 
-# A command prints its results to the console (stdout), and progress and errors to stderr. Of the
-# processes that torchrun starts, the first prints, and every one prints errors.
-_other = os.environ.get("RANK", "0") != "0"
-console = Console(highlight=False, soft_wrap=True, quiet=_other)
-progress = Console(stderr=True, highlight=False, soft_wrap=True, quiet=_other)
+# A command prints its results to the console (stdout), and progress and errors to stderr.
+console = Console(highlight=False, soft_wrap=True)
+progress = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -154,7 +152,7 @@ def sentence(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def _prepare() -> None:
-    """Silence other libraries, and give output to files and pipes a width that cuts no name."""
+    """Silence other libraries and processes, and give files and pipes a width that cuts no name."""
     # transformers reads these variables when it is imported, which happens later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -162,6 +160,8 @@ def _prepare() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for each in (console, progress):
+        # Of the processes that torchrun starts, the first prints; all of them print errors.
+        each.quiet = os.environ.get("RANK", "0") != "0"
         if not each.is_terminal:
             each.width = 10_000
 

@@ -330,7 +330,7 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
 
 
 @pytest.mark.parametrize("held_out", [3, 5])
-def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path):
+def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path, forked_python):
     """Every step has all four rows. The second process has none or one of the held-out rows."""
     rows = [{"prompt": "what is ", "completion": "plus " * n} for n in (1, 2, 5, 9, 3)]
     files = {"data": rows[:4], "eval_data": rows[-held_out:]}
@@ -340,7 +340,7 @@ def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path):
     result, _ = run(FinetuneOptions(**given, batch_size=4, output=one))
     text = yaml.safe_dump({**given, "batch_size": 2, "output": two})
     (tmp_path / "options.yaml").write_text(text)
-    text = launch(Path(sys.executable), "torch.distributed.run", "finetune.py", tmp_path, *MEET)
+    text = launch(forked_python, "torch.distributed.run", "finetune.py", tmp_path, *MEET)
     assert text.count("step 2/2") == 1
     assert [row["step"] for row in read_metrics(Path(two) / "metrics.jsonl")] == [0, 1, 2, 2]
     assert losses(two) == [pytest.approx(row, rel=1e-4) for row in losses(one)]
