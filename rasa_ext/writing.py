@@ -18,7 +18,7 @@ STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.b
 """Weights of an earlier model, which must not stay beside new ones."""
 
 TOKENIZER = (
-    *("tokenizer.json", "tokenizer.model", "chat_template.jinja"),
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"),
     "additional_chat_templates",  # a folder
 )
 """Files of an earlier tokenizer, which readers would add to a new one that lacks them."""

@@ -167,7 +167,7 @@ def load_tokenizer(name: str) -> Any:
 def own_tokenizer(adapter: Path) -> Any:
     """Load the tokenizer, with the chat template, that an adapter was trained with, or None.
 
-    One that cannot be loaded is None, with a warning: the base's usually does as well.
+    If it cannot be loaded, warn and return None.
     """
     if not (adapter / "tokenizer_config.json").is_file():
         return None
@@ -180,9 +180,10 @@ def own_tokenizer(adapter: Path) -> Any:
 
 
 def copy_tokenizer(adapter: Path, output: Path) -> None:
-    """Write the tokenizer saved with an adapter, if there is one, into another folder."""
-    if (tokenizer := own_tokenizer(adapter)) is not None:
-        with new_folder(output, "the adapter is whole", TOKENIZER) as folder:
+    """Replace a folder's tokenizer by the one saved with an adapter, if there is one."""
+    tokenizer = own_tokenizer(adapter)
+    with new_folder(output, "the adapter is whole", TOKENIZER) as folder:
+        if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
 

@@ -276,7 +276,7 @@ class FinetuneOptions:
 def trained_with_template(name: str | Path) -> bool:
     """Return whether `finetune` trained an adapter with the chat template; True for others."""
     record = Path(name) / RECORD
-    return not record.is_file() or yaml.safe_load(record.read_text()).get("template", True)
+    return not record.is_file() or yaml.safe_load(record.read_text("utf-8")).get("template", True)
 
 
 def note_template(adapter: Path) -> None:

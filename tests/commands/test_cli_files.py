@@ -17,7 +17,7 @@ from rasa_ext.commands.app import app
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load, save_official
 from tests.helpers.file_limit import file_limit
-from tests.helpers.tiny_lm import make_tokenizer, save_base
+from tests.helpers.tiny_lm import CHATML, make_tokenizer, save_base
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +117,17 @@ def test_what_is_read_is_never_overwritten(command, places):
 def test_the_tokenizer_that_an_adapter_was_trained_with_goes_along(command, places, tmp_path):
     """Each output replaces the templates of the one before."""
     templates = {"several": {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}, "none": None}
-    read = COMMANDS[command][1]
+    read, output = COMMANDS[command][1], tmp_path / "out"
     for name in ("several", "several", "none"):
         adapter = shutil.copytree(places[read], tmp_path / name, dirs_exist_ok=True)
         make_tokenizer(templates[name]).save_pretrained(adapter)
-        run(command, {**places, read: adapter}, tmp_path / "out", "--overwrite")
-        written = AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert written.chat_template == templates[name]
+        run(command, {**places, read: adapter}, output, "--overwrite")
+        assert AutoTokenizer.from_pretrained(output).chat_template == templates[name]
+    run(command, places, output, "--overwrite")  # no tokenizer was saved with these
+    if command == "merge":
+        assert AutoTokenizer.from_pretrained(output).chat_template == CHATML
+    else:
+        assert not list(output.glob("tokenizer*"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
