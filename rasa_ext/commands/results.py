@@ -33,6 +33,7 @@ def write_results(
     output = Path(options.output)
     rows = trainer.state.log_history
     losses, held_out = values(rows, "loss"), values(rows, "eval_loss") or [None]
+    best = trainer.args.load_best_model_at_end
     tenth, seconds = max(1, len(losses) // 10), sum(values(rows, "seconds"))
     result = {
         "output": options.output,
@@ -44,7 +45,7 @@ def write_results(
         "first_loss": sum(losses[:tenth]) / tenth if losses else None,
         "last_loss": sum(losses[-tenth:]) / tenth if losses else None,
         "eval_loss_before": held_out[0],
-        "eval_loss": held_out[-1],
+        "eval_loss": trainer.state.best_metric if best else held_out[-1],
         "trainable": trainable,
         "peak_memory": peak_memory(),
     }

@@ -66,6 +66,7 @@ class AdapterTrainer(SFTTrainer):
         forward = type(self.base_model).forward
         self._compacts = (
             self.args.device.type == "cpu"
+            and (self.args.loss_type, self.label_smoother) == ("nll", None)
             and not self.aux_loss_enabled
             and "logits_to_keep" in inspect.signature(forward).parameters
         )
@@ -188,6 +189,9 @@ class AdapterTrainer(SFTTrainer):
         tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
         config = patch_state(self.base_model).config
         load_tensors_into(self.base_model, config, tensors, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _send_telemetry(self) -> None:
         pass

@@ -329,6 +329,31 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     assert content(options.output) == before
 
 
+@pytest.mark.parametrize("other", ["loss_type: dft", "label_smoothing_factor: 0.5"])
+def test_another_loss_is_the_one_that_is_trained(other, options, tmp_path):
+    run(options, max_steps=1)
+    run(options, max_steps=1, training_arguments=other, output=str(tmp_path / "other"))
+    (_, plain, *_), (_, loss, *_) = losses(options.output)[0], losses(tmp_path / "other")[0]
+    assert abs(loss - plain) > 0.1
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_if_asked_for(options, tmp_path):
+    learnt, other = ({"prompt": "what ", "completion": word * 8} for word in ("plus ", "is "))
+    data = {"data": [learnt] * 4, "eval_data": [other]}
+    given = {name: str(write_jsonl(tmp_path / name, rows)) for name, rows in data.items()}
+    given |= {"lr": 0.5, "max_steps": 6, "eval_steps": 2, "save_steps": 2, "template": False}
+    more = "load_best_model_at_end: true, save_total_limit: 9"
+    result, _ = run(options, **given, training_arguments=more)
+    rows = read_metrics(Path(options.output) / "metrics.jsonl")
+    held_out = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss")}
+    best = min((2, 4, 6), key=held_out.get)
+    assert best != 6
+    assert result["eval_loss"] == held_out[best]
+    folders = (Path(options.output), Path(options.output) / f"checkpoint-{best}")
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("held_out", [3, 5])
 def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path, forked_python):
     """Every step has all four rows. The second process has none or one of the held-out rows."""
