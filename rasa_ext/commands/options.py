@@ -45,6 +45,7 @@ OTHER_NAMES = {
     "lora_dropout": "dropout",
     "learning_rate": "lr",
     "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "grad_accum",

@@ -68,6 +68,9 @@ def train(
         tokenizer = own_tokenizer(Path(options.init_adapter))
     if tokenizer is None:
         tokenizer = load_tokenizer(options.model)
+    of_trl = parse_yaml("training_arguments", options.training_arguments)
+    if (path := of_trl.get("chat_template_path")) is not None:
+        tokenizer.chat_template = _template(str(path))
     names = options.prompt_field, options.completion_field
     asked = {"data": options.data, "eval_data": options.eval_data}
     sources = {option: source for option, source in asked.items() if source is not None}
@@ -168,6 +171,16 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
             f"resume: the run of {checkpoint} had other options: {'; '.join(other)}; pass the same "
             "options, or another --output without --resume."
         )
+
+
+def _template(path: str) -> str:
+    """Read a chat template's file, as TRL does, but before the data is converted."""
+    if not (path.endswith((".jinja", ".j2")) and Path(path).is_file()):
+        raise ValueError(
+            f"training_arguments: chat_template_path: expected a .jinja file, got {path!r}; the "
+            "template of another tokenizer may have tokens that the base lacks."
+        )
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _check_plan(options: FinetuneOptions) -> None:

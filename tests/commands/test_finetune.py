@@ -329,6 +329,14 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     assert content(options.output) == before
 
 
+def test_a_chat_template_from_a_file(options, tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHATML.replace("im_start", "turn"))
+    _, text = run(options, max_steps=1, training_arguments=f"chat_template_path: {path}")
+    assert "<|turn|>user" in text
+    assert load_tokenizer(options.output).chat_template == path.read_text()
+
+
 @pytest.mark.parametrize("other", ["loss_type: dft", "label_smoothing_factor: 0.5"])
 def test_another_loss_is_the_one_that_is_trained(other, options, tmp_path):
     run(options, max_steps=1)
@@ -494,6 +502,8 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),
         ({"training_arguments": "bf16: true"}, "arguments: bf16 is set by the option dtype"),
         ({"training_arguments": "learning_rate: 1"}, "learning_rate is set by the option lr"),
+        ({"training_arguments": "warmup_steps: 9"}, "warmup_steps is set by the option warmup"),
+        ({"training_arguments": "chat_template_path: x"}, "path: expected a .jinja file, got 'x'"),
         ({"training_arguments": "eval_packing: true"}, "eval_packing is set by the command"),
         ({"training_arguments": "deepspeed: no.json"}, "training_arguments: "),
         ({"seed": -1}, "seed: expected an integer from 0 to 2**32 - 1, got -1"),
