@@ -180,4 +180,4 @@ def _one_sentence(error: Exception, output: str) -> str | None:
         return str(write_error(file or output, error, "what was written before is whole"))
     if isinstance(error, OSError) and file is not None:
         return f"{file}: {str(error.strerror).lower()}."
-    return str(error) if isinstance(error, ValueError | TypeError | OSError) else None
+    return str(error) if isinstance(error, ValueError | TypeError | OSError | ImportError) else None

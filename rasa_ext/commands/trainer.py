@@ -112,7 +112,7 @@ class AdapterTrainer(SFTTrainer):
                 self.base_model,
                 self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
-                eps=self.args.adam_epsilon,
+                eps=settings.get("eps"),  # not of optimizers that have none, or two
             )
             self.optimizer = kind(groups, **settings)
         return super().create_optimizer(model)

@@ -156,6 +156,7 @@ def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatc
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), "out/x: cannot be written"),
         (RuntimeError("basic_ios::clear: iostream error"), "the disk may be full"),
         (PermissionError(errno.EACCES, "Permission denied", "base"), "base: permission denied."),
+        (ImportError("You need to install galore"), "Error: You need to install galore"),
     ],
 )
 def test_what_no_command_expected(error, said, monkeypatch):

@@ -424,6 +424,16 @@ def test_other_arguments_of_trl(options):
     assert (group["weight_decay"], group["betas"][0]) == (0.25, 0.8)
 
 
+@pytest.mark.parametrize(("optim", "eps"), [("adafactor", None), ("adamw_torch_fused", 1e-3)])
+def test_other_optimizers(optim, eps, options):
+    """Adafactor has two eps, of which no argument is one."""
+    run(options, max_steps=2, training_arguments=f"optim: {optim}, adam_epsilon: 0.001")
+    state = torch.load(checkpoints_in(Path(options.output))[-1][1] / "optimizer.pt")
+    assert eps in (None, state["param_groups"][0]["eps"])
+    (_, first, *_), (_, second, *_) = losses(options.output)
+    assert first != second
+
+
 def test_packing_splits_plain_text_and_leaves_nothing_out(options, tmp_path):
     (tmp_path / "d.txt").write_text(f"{'what is the answer? ' * 50}\nit is 4\n")
     plain = {"data": str(tmp_path / "d.txt"), "max_steps": 1}
