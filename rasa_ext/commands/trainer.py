@@ -191,7 +191,8 @@ class AdapterTrainer(SFTTrainer):
         load_tensors_into(self.base_model, config, tensors, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        name = Path(str(self.state.best_model_checkpoint)).name  # its folder may have moved
+        self._load_from_checkpoint(str(Path(self.args.output_dir) / name))
 
     def _send_telemetry(self) -> None:
         pass

@@ -127,7 +127,10 @@ def train(
     if state is not None and state.global_step >= state.max_steps:
         trainer.state, stopped = state, False
         console.print(f"The run in {output} is complete: {state.global_step} steps.")
-        trainer._load_from_checkpoint(str(resumed))
+        if arguments.load_best_model_at_end:
+            trainer._load_best_model()
+        else:
+            trainer._load_from_checkpoint(str(resumed))
         for callback in steps:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
     else:

@@ -350,16 +350,22 @@ def test_the_best_checkpoint_is_loaded_at_the_end_if_asked_for(options, tmp_path
     data = {"data": [learnt] * 4, "eval_data": [other]}
     given = {name: str(write_jsonl(tmp_path / name, rows)) for name, rows in data.items()}
     given |= {"lr": 0.5, "max_steps": 6, "eval_steps": 2, "save_steps": 2, "template": False}
-    more = "load_best_model_at_end: true, save_total_limit: 9"
-    result, _ = run(options, **given, training_arguments=more)
-    rows = read_metrics(Path(options.output) / "metrics.jsonl")
+    given |= {"training_arguments": "load_best_model_at_end: true, save_total_limit: 9"}
+    result, _ = run(options, **given)
+    output = Path(options.output)
+    rows = read_metrics(output / "metrics.jsonl")
     held_out = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss")}
     best = min((2, 4, 6), key=held_out.get)
     assert best != 6
     assert result["eval_loss"] == held_out[best]
-    folders = (Path(options.output), Path(options.output) / f"checkpoint-{best}")
-    one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    name = "adapter_model.safetensors"
+    expected = (output / f"checkpoint-{best}" / name).read_bytes()
+    assert (output / name).read_bytes() == expected
+    moved = output.rename(tmp_path / "moved")
+    again, text = run(options, **given, output=str(moved), resume=True)
+    assert "is complete: 6 steps" in text
+    assert again["eval_loss"] == held_out[best]
+    assert (moved / name).read_bytes() == expected
 
 
 @pytest.mark.parametrize("held_out", [3, 5])
