@@ -42,7 +42,8 @@ def merge(
 
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite, beside=[CONFIG])
-        base, tokenizer = load_model(name, dtype), own_tokenizer(adapter) or load_tokenizer(name)
+        base = load_model(name, dtype)
+        tokenizer = own_tokenizer(adapter, needed=False) or load_tokenizer(name)
         rasa_ext.load_adapter(base, adapter)
         change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(base))
         card = _card(base, adapter)

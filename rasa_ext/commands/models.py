@@ -164,16 +164,18 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def own_tokenizer(adapter: Path) -> Any:
+def own_tokenizer(adapter: Path, *, needed: bool = True) -> Any:
     """Load the tokenizer, with the chat template, that an adapter was trained with, or None.
 
-    If it cannot be loaded, warn and return None.
+    If it cannot be loaded, raise ModelError if it is needed, else warn and return None.
     """
     if not (adapter / "tokenizer_config.json").is_file():
         return None
     try:
         return load_tokenizer(str(adapter))
     except ModelError as error:
+        if needed:
+            raise
         why = error.__cause__ or error
         warnings.warn(f"the tokenizer saved with {adapter} is left out: {why}", stacklevel=2)
         return None
@@ -181,7 +183,7 @@ def own_tokenizer(adapter: Path) -> Any:
 
 def copy_tokenizer(adapter: Path, output: Path) -> None:
     """Replace a folder's tokenizer by the one saved with an adapter, if there is one."""
-    tokenizer = own_tokenizer(adapter)
+    tokenizer = own_tokenizer(adapter, needed=False)
     with new_folder(output, "the adapter is whole", TOKENIZER) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
