@@ -3,8 +3,9 @@
 Tests start the program that ``interpreter`` yields instead of ``sys.executable``. The program is a
 small client. It asks a server, which has imported torch, transformers and peft once, to fork. The
 fork has the client's arguments, environment, folder and standard files, receives the client's
-signals, and ends when the client ends. The server has a single thread, so that forks are safe. It
-serves all test workers of a run, and exits after the last one disconnects.
+signals, and ends when the client ends. A fork that hangs prints its stack and fails.
+The server has a single thread, so that forks are safe. It serves all test workers of a run, and
+exits after the last one disconnects.
 
 Tests of what a process imports must use ``sys.executable``.
 """
@@ -32,6 +33,7 @@ PRELOADED = (
     "transformers.trainer",
     "trl.trainer.sft_trainer",
 )
+MOST = "SECONDS_OF_A_FORK"  # the variable of the time limit, by default five minutes
 # JE_ARROW_MALLOC_CONF stops pyarrow from starting a thread.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
@@ -154,12 +156,14 @@ def _serve(name: str) -> dict:
 
 def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
     """Run a script, ``-m`` module or ``-c`` code like the Python interpreter."""
+    import faulthandler
     import runpy
 
     from huggingface_hub import constants
 
     os.environ.clear()
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(float(environment.get(MOST, 300)), exit=True)
     constants.HF_HUB_CACHE = environment.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)

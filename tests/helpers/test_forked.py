@@ -1,4 +1,4 @@
-"""Tests of the stand-in for the interpreter: exit codes, stderr and signals."""
+"""Tests of the stand-in for the interpreter: exit codes, stderr, signals and the time limit."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def test_it_ends_as_its_process_does(forked_python, code, status, said):
     done = subprocess.run([forked_python, "-c", code], capture_output=True, text=True)
     assert done.returncode == status
     assert said in done.stderr
+
+
+def test_one_that_hangs_says_where_and_fails(forked_python):
+    code = "import time\ndef wait():\n    time.sleep(60)\nwait()"
+    variables = {**os.environ, forked.MOST: "0.2"}
+    done = subprocess.run(
+        [forked_python, "-c", code], env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "in wait" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
