@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -105,12 +107,13 @@ class MetricsCallback(TrainerCallback):
 class InterruptCallback(TrainerCallback):
     """On Ctrl-C, save a checkpoint after the step and stop; on a second Ctrl-C, stop at once.
 
+    Several processes stop after the same step, or else each would wait for the others.
     Use it as a context manager around `Trainer.train`; it restores the previous handler.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.requested = False
+        self.requested = self._pressed = False
         self._previous: Any = None
 
     def __enter__(self) -> InterruptCallback:
@@ -123,15 +126,19 @@ class InterruptCallback(TrainerCallback):
             signal.signal(signal.SIGINT, self._previous)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        if self.requested:
+        if self._pressed:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self._pressed = True
         self.console.print(
             "Stopping after this step, with a checkpoint; press Ctrl-C again to stop without one."
         )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop, after a step or after the evaluation that follows it."""
+        if args.world_size > 1:
+            pressed = torch.tensor(float(self._pressed), device=args.device)
+            torch.distributed.all_reduce(pressed)
+            self.requested = pressed.item() > 0
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

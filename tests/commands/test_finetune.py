@@ -389,6 +389,18 @@ def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path, for
     rasa_ext.load_adapter(make_model(), two)
 
 
+def test_an_interrupt_of_one_process_stops_both_after_the_same_step(
+    base, files, tmp_path, forked_python, monkeypatch
+):
+    options = options_of(base, files, tmp_path / "out", max_steps=8, dtype="float32", save_steps=6)
+    (tmp_path / "options.yaml").write_text(json.dumps(options.to_dict()))
+    monkeypatch.setenv("INTERRUPT_AFTER", "3")
+    with pytest.raises(AssertionError, match="exitcode  : 130"):
+        launch(forked_python, "torch.distributed.run", "finetune.py", tmp_path, *MEET)
+    assert [step for step, _ in checkpoints_in(tmp_path / "out")] == [3]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
+
+
 def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", sums(8))
     run(options, max_steps=1, data=str(data))
