@@ -49,6 +49,7 @@ OTHER_NAMES = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "grad_accum",
+    "activation_checkpointing": "gradient_checkpointing",
     "max_length": "seq_len",
     "max_seq_length": "seq_len",
     "torch_dtype": "dtype",

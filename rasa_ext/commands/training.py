@@ -267,11 +267,14 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "packing": options.packing,
         "eval_packing": False,
         "assistant_only_loss": marks,
+        "dataset_text_field": "text",  # whatever the data's fields are named
+        "model_init_kwargs": None,  # the model is loaded before
         # Compute in the base's dtype; TRL's default is bfloat16.
         "bf16": False,
         "fp16": fp16,
         "gradient_checkpointing": options.gradient_checkpointing,
         "seed": options.seed,
+        "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",

@@ -532,9 +532,21 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),
         ({"training_arguments": "bf16: true"}, "arguments: bf16 is set by the option dtype"),
         ({"training_arguments": "learning_rate: 1"}, "learning_rate is set by the option lr"),
+        (
+            {"training_arguments": "activation_checkpointing: true"},
+            "activation_checkpointing is set by the option gradient_checkpointing",
+        ),
         ({"training_arguments": "warmup_steps: 9"}, "warmup_steps is set by the option warmup"),
         ({"training_arguments": "chat_template_path: x"}, "path: expected a .jinja file, got 'x'"),
-        ({"training_arguments": "eval_packing: true"}, "eval_packing is set by the command"),
+        *(
+            ({"training_arguments": f"{name}: {value}"}, f"{name} is set by the command")
+            for name, value in {
+                "eval_packing": "true",
+                "logging_strategy": "epoch",
+                "dataset_text_field": "answer",
+                "model_init_kwargs": "{attn_implementation: eager}",
+            }.items()
+        ),
         ({"training_arguments": "deepspeed: no.json"}, "training_arguments: "),
         ({"seed": -1}, "seed: expected an integer from 0 to 2**32 - 1, got -1"),
         ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
