@@ -20,13 +20,15 @@ def finetune(**values: Any) -> None:
     options = FinetuneOptions(**values)  # checks before the slow imports
     with working("Loading PyTorch, transformers and TRL"):
         from rasa_ext.commands.results import describe
-        from rasa_ext.commands.training import train
+        from rasa_ext.commands.training import processes, train
 
     result = train(options, console)
     if result["interrupted"]:
         record = shlex.quote(str(Path(result["output"]) / RECORD))
+        several = f" in {processes()} processes" if processes() > 1 else ""
         console.print(
-            f"Stopped after step {result['step']} of {result['total_steps']}. Continue with:\n"
+            f"Stopped after step {result['step']} of {result['total_steps']}. "
+            f"Continue{several} with:\n"
             f"  rasa-ext finetune --config {record} --resume"
         )
         raise typer.Exit(INTERRUPTED)

@@ -81,7 +81,7 @@ def train(
         options = dataclasses.replace(options, template=False)
     record = {
         **options.to_dict(),
-        "processes": _processes(),
+        "processes": processes(),
         "sha256_of_data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
     state = None
@@ -152,7 +152,7 @@ def train(
     return result
 
 
-def _processes() -> int:
+def processes() -> int:
     """Return how many processes torchrun, or accelerate, has started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -251,7 +251,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "packing_strategy": "bfd_split" if plain else "bfd",  # bfd cuts longer examples
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    if _processes() > 1 and not torch.accelerator.is_available():
+    if processes() > 1 and not torch.accelerator.is_available():
         usual |= {"use_cpu": True, "ddp_backend": "gloo"}  # or each process would train alone
     given = parse_yaml("training_arguments", options.training_arguments)
     ours: dict[str, Any] = {

@@ -395,8 +395,9 @@ def test_an_interrupt_of_one_process_stops_both_after_the_same_step(
     options = options_of(base, files, tmp_path / "out", max_steps=8, dtype="float32", save_steps=6)
     (tmp_path / "options.yaml").write_text(json.dumps(options.to_dict()))
     monkeypatch.setenv("INTERRUPT_AFTER", "3")
-    with pytest.raises(AssertionError, match="exitcode  : 130"):
+    with pytest.raises(AssertionError, match="exitcode  : 130") as stopped:
         launch(forked_python, "torch.distributed.run", "finetune.py", tmp_path, *MEET)
+    assert "Stopped after step 3 of 8. Continue in 2 processes with:" in str(stopped.value)
     assert [step for step, _ in checkpoints_in(tmp_path / "out")] == [3]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
 
