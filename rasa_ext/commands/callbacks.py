@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -137,7 +137,7 @@ class InterruptCallback(TrainerCallback):
         """Save and stop, after a step or after the evaluation that follows it."""
         if args.world_size > 1:
             pressed = torch.tensor(float(self._pressed), device=args.device)
-            torch.distributed.all_reduce(pressed)
+            dist.all_reduce(pressed)
             self.requested = pressed.item() > 0
         if self.requested:
             control.should_save = True

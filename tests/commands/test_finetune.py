@@ -128,14 +128,12 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
 
 
 @pytest.mark.parametrize("stop_at", [4, 6])  # within and at the end of the first epoch
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
-    options, files, tmp_path, monkeypatch, stop_at
-):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(options, files, tmp_path, stop_at):
     evaluated = {"eval_data": str(files / "test.jsonl"), "eval_steps": 2}
     whole = dataclasses.replace(options, output=str(tmp_path / "whole"), **evaluated)
     run(whole)
 
-    stopped, text = interrupted(monkeypatch, stop_at, options, **evaluated)
+    stopped, text = interrupted(stop_at, options, **evaluated)
     assert "Stopping after this step" in text
     assert (stopped["interrupted"], stopped["step"]) == (True, stop_at)
     assert losses(options.output) == losses(whole.output)[:stop_at]

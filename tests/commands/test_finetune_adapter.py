@@ -81,10 +81,10 @@ def test_an_adapter_is_trained_on_with_its_own_chat_template(folder, options, tm
     assert load_tokenizer(options.output).chat_template == template
 
 
-def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path, monkeypatch):
+def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path):
     start = {"init_adapter": str(folder / "rasa")}
     run(options, **start, output=str(tmp_path / "whole"))
-    interrupted(monkeypatch, 2, options, **start)
+    interrupted(2, options, **start)
     record = yaml.safe_load((Path(options.output) / "finetune.yaml").read_text())
     assert record["init_adapter"] == start["init_adapter"]
     assert not {"rank", "method", "target_modules"} & record.keys()

@@ -90,12 +90,10 @@ def test_it_trains_what_the_method_trains(name, common, tmp_path):
     assert min(loss[2:]) < loss[0]
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
-    resumed, common, tmp_path, monkeypatch
-):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(resumed, common, tmp_path):
     options = options_of(common, resumed, tmp_path / "out", dropout=0.1)
     run(options, output=str(tmp_path / "whole"))
-    assert interrupted(monkeypatch, 2, options)[0]["interrupted"]
+    assert interrupted(2, options)[0]["interrupted"]
     run(options, resume=True)
     assert_same_runs(options.output, tmp_path / "whole")
 

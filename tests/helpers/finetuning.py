@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -51,8 +54,9 @@ def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
     return [tuple(row[name] for name in names) for row in rows if "loss" in row]
 
 
-def interrupted(monkeypatch, stop_at: int, options: FinetuneOptions, **changes: Any):
-    """Call `run` with a Ctrl-C at the end of step ``stop_at``."""
+@contextlib.contextmanager
+def interrupting(stop_at: int) -> Iterator[None]:
+    """Press Ctrl-C at the end of step ``stop_at`` of runs in this process."""
     original = callbacks.InterruptCallback.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
@@ -60,8 +64,13 @@ def interrupted(monkeypatch, stop_at: int, options: FinetuneOptions, **changes: 
             signal.raise_signal(signal.SIGINT)
         return original(self, args, state, control, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
+    with mock.patch.object(callbacks.InterruptCallback, "on_step_end", interrupt):
+        yield
+
+
+def interrupted(stop_at: int, options: FinetuneOptions, **changes: Any):
+    """Call `run` with a Ctrl-C at the end of step ``stop_at``."""
+    with interrupting(stop_at):
         return run(options, **changes)
 
 

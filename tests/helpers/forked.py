@@ -3,9 +3,9 @@
 Tests start the program that ``interpreter`` yields instead of ``sys.executable``. The program is a
 small client. It asks a server, which has imported torch, transformers and peft once, to fork. The
 fork has the client's arguments, environment, folder and standard files, receives the client's
-signals, and ends when the client ends. A fork that hangs prints its stack and fails.
-The server has a single thread, so that forks are safe. It serves all test workers of a run, and
-exits after the last one disconnects.
+signals, and ends when the client ends. A fork that hangs prints its stack and fails. The server has
+a single thread, so that forks are safe. It serves all test workers of a run, and exits after the
+last one disconnects.
 
 Tests of what a process imports must use ``sys.executable``.
 """

@@ -33,6 +33,7 @@ def launch(python: Path, launcher: str, worker: str, directory: Path, *options: 
         [python, "-m", launcher, *options, str(port), WORKERS / worker, directory],
         capture_output=True,
         text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
