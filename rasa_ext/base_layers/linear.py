@@ -90,7 +90,10 @@ def as_plain_gemm(
         if not is_conv1d(base):
             return None
         transposed = True
-    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+    its = base.__dict__
+    if its["_forward_hooks"] or its["_forward_pre_hooks"] or "forward" in its:
+        return None
+    if its["_backward_hooks"] or its["_backward_pre_hooks"]:
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != dtype:

@@ -21,8 +21,10 @@ from tests.helpers.adapters import (
     gradients,
     observe,
     patched,
+    plain_model,
     randomize,
     through_file,
+    trainable_copies,
 )
 from tests.helpers.models import CHECKPOINTED, FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 from tests.helpers.refusals import Snapshot
@@ -215,3 +217,30 @@ def test_replicas_of_data_parallel(entry, k, replicate):
     sum(found).backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close([p.grad for p in rasa_ext.adapter_parameters(model)], grads)
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_base_are_called(hook, way):
+    """Probes, K-FAC and Opacus register such hooks before patching."""
+    base, called = LLAMA.build(), []
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
+        layer = base.model.layers[1].get_submodule(name)
+        getattr(layer, hook)(lambda *_, name=name: called.append(name))
+    model = patched(base)
+    LLAMA.loss(model, LLAMA.inputs(0))[1].backward()
+    assert sorted(called) == ["mlp.down_proj", "self_attn.k_proj", "self_attn.q_proj"]
+    check_step(LLAMA, base, model)
+
+
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_a_base_that_is_trained_too(tensor, way):
+    """A base layer's weight or bias, unfrozen after patching, gets its gradient."""
+    base = SEQUENTIAL.build().double()
+    model = patched(base, adapter_dtype=torch.float64)
+    name, layer = list(adapted_layers(model).items())[1]
+    trained = getattr(layer.base_layer, tensor).requires_grad_()
+    simple = plain_model(base, trainable_copies(adapters(model)))
+    expected = getattr(simple.get_submodule(name).base, tensor).requires_grad_()
+    for each in (model, simple):
+        SEQUENTIAL.loss(each, SEQUENTIAL.inputs(0, torch.float64))[1].backward()
+    torch.testing.assert_close(trained.grad, expected.grad)
