@@ -62,6 +62,12 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
 
     def _row_by_row(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base, and add to each output row the change of the row's adapter."""
+        if rows.grad and not torch.is_grad_enabled():
+            raise ValueError(
+                "adapter_names: expected a forward without gradient checkpoints, whose "
+                "recomputation does not know the rows; run it in torch.no_grad(), or one adapter "
+                "at a time with model.set_adapter(name)."
+            )
         y: Tensor = self.base_layer(x, *args, **kwargs)
         names = rows.of(len(x))
         for name in dict.fromkeys(names):

@@ -25,7 +25,7 @@ def rows_through(
     names: Sequence[str],
     known: Collection[str],
     beams: int = 1,
-) -> Iterator[None]:
+) -> Iterator[RowAdapters]:
     """Within the context, send row i of every layer's input through adapter ``names[i]``.
 
     Args:
@@ -44,7 +44,7 @@ def rows_through(
     try:
         for layer in layers:
             layer.rows = rows
-        yield
+        yield rows
     finally:
         for layer in layers:
             layer.rows = None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -48,7 +49,7 @@ from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
 from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files
 from rasa_ext.peft.mixed import rows_through
-from rasa_ext.peft.named import NamedAdapters
+from rasa_ext.peft.named import NamedAdapters, RowAdapters
 from rasa_ext.peft.targets import (
     bases_of,
     chosen_stacks,
@@ -76,6 +77,7 @@ class RasaModel(BaseTuner):
     tuner_layer_cls = NamedAdapters
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
     _subtracts = False
+    _rows: RowAdapters | None = None
     _attributes_before: tuple[tuple[nn.Module, str, Any], ...] = ()
 
     def inject_adapter(
@@ -247,8 +249,14 @@ class RasaModel(BaseTuner):
         modules = self.model.modules()
         wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         beams = kwargs.get("num_beams") or 1
-        with rows_through(self.owners(), wrappers, names, self.peft_config, beams):
+        with rows_through(self.owners(), wrappers, names, self.peft_config, beams) as self._rows:
             yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model; its ``generate`` does not call this."""
+        if self._rows is not None:
+            self._rows.grad = torch.is_grad_enabled()
+        return super().forward(*args, **kwargs)
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
         """Raise NotImplementedError: RaSA does not support it."""

@@ -19,12 +19,14 @@ from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_pa
 from rasa_ext.patching.parts import Part
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowAdapters:
     """One adapter per row of a batch; beam search repeats each row ``beams`` times."""
 
     names: tuple[str, ...]
     beams: int = 1
+    grad: bool = False
+    """Whether the model's forward is run with grad, which ``generate`` never does."""
 
     def of(self, rows: int) -> list[str]:
         """Return the adapter of each of ``rows`` rows; an encoder's rows are not repeated.

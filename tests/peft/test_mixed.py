@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from rasa_ext.peft import RasaConfig
 from rasa_ext.peft.named import RowAdapters
@@ -77,6 +80,27 @@ def test_beams_of_an_encoder_and_decoder():
         alone = model.generate(input_ids=ids[row : row + 1], **options)
         assert torch.equal(together[row, : alone.shape[1]], alone[0])
     assert len(named(model, "second")) < len(named(model, "default"))
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "error", "message"),
+    [(True, ValueError, "^adapter_names: "), (False, CheckpointError, "tensors")],
+)
+def test_checkpoints_that_would_recompute_without_the_rows_are_refused(reentrant, error, message):
+    """Otherwise the second adapter would get no gradient, and the first one another's."""
+    model = two()
+
+    def checkpointed(forward, x, **options):
+        return checkpoint(functools.partial(forward, **options), x, use_reentrant=reentrant)
+
+    for layer in model.base_model.model.model.layers:
+        layer.forward = functools.partial(checkpointed, layer.forward)
+    x = model.get_input_embeddings()(ROWS).requires_grad_()
+    with pytest.raises(error, match=message):
+        model(inputs_embeds=x, adapter_names=NAMES).logits.sum().backward()
+    with torch.no_grad():
+        found = model(inputs_embeds=x, adapter_names=NAMES).logits
+    close(found[0], dense(model, "second")[0])
 
 
 def test_names_by_rows():
