@@ -37,7 +37,7 @@ class Method(Protocol):
 class Packs(Protocol):
     """The packs of a group's layers; see ``nn.packs.PackSet``."""
 
-    def take(self, adapter: Any, dtype: torch.dtype) -> Any:
+    def take(self, adapter: Any, dtype: torch.dtype, one_token: bool) -> Any:
         """Return an adapter's pack."""
 
     def drop(self) -> None:
@@ -59,9 +59,12 @@ class Adapter(NamedTuple):
         """Return the tensors that make up the factors, in a fixed order."""
         return (*self.own.values(), *self.pool.values())
 
-    def pack(self, dtype: torch.dtype) -> Any:
-        """Return the ``Packed`` in ``dtype``, which the layers of a group make together."""
-        return self.packs.take(self, dtype)
+    def pack(self, dtype: torch.dtype, one_token: bool = False) -> Any:
+        """Return the ``Packed`` in ``dtype``, which the layers of a group make together.
+
+        ``one_token`` says that the forward is of one token; see ``nn.packs.PackSet``.
+        """
+        return self.packs.take(self, dtype, one_token)
 
     def factors(self) -> Factors:
         """Return the factors on the layer's device and in the layer's dtype, differentiable.
@@ -153,10 +156,11 @@ class AdaptedModule(nn.Module):
 def drop_packs(model: nn.Module) -> None:
     """Drop a model's packs, after a write that PyTorch cannot see.
 
-    A pack made without grad stays until the adapter changes. In-place operations,
-    ``load_state_dict`` and steps of any ``torch.optim.Optimizer`` are noticed. Collectives
-    (``dist.broadcast(p)``), writes by another process to shared memory, writes through ``.data`` or
-    a numpy view, and replays of a CUDA graph with the optimizer are not.
+    Every forward packs anew, but for a forward of one token per row without grad, such as a step of
+    ``generate``. Such a forward notices in-place operations, ``load_state_dict`` and steps of any
+    ``torch.optim.Optimizer``. It does not notice collectives (``dist.broadcast(p)``), writes by
+    another process to shared memory, writes through ``.data`` or a numpy view, and replays of a
+    CUDA graph with the optimizer.
 
     Args:
         model: a model with adapters of this package, from ``patch_model`` or PEFT.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -55,11 +56,13 @@ class Packed(NamedTuple):
 class PackSet:
     """The packs of a group's layers. Layers ``join`` it, and adapters ask it with ``take``.
 
-    With grad, every forward packs anew: a backward through the packs makes them stale, and so does
-    the layer that was the first to read them, once it asks again. A forward inside a backward, such
-    as a checkpoint's, reads the packs again. Without grad, packs stay until a tensor changes in
-    identity, version, dtype or ``requires_grad``, or any optimizer steps. Writes through ``.data``
-    are not seen without grad.
+    Every forward packs anew, since PyTorch does not see writes through ``.data``. A layer that
+    reads again begins a forward: the first one to have read packs the group, any other one packs
+    only itself, until the first one reads. A forward inside a backward, such as a checkpoint's,
+    reads the packs again. So do steps of one token without grad, as ``generate`` runs them.
+    Packs are stale, too, after a backward through them, a step of any optimizer, or a change of a
+    tensor's identity, version, dtype or ``requires_grad``. So a write through ``.data`` is missed
+    by a step of one token, and by a layer that has not read since the group was packed.
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
     graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
@@ -86,23 +89,29 @@ class PackSet:
         """Drop the packs."""
         self._rounds, self._computed = {}, False
 
-    def take(self, adapter: Adapter, dtype: torch.dtype) -> Packed:
-        """Return an adapter's pack in ``dtype``, with ports if gradients are needed."""
+    def take(self, adapter: Adapter, dtype: torch.dtype, one_token: bool = False) -> Packed:
+        """Return an adapter's pack in ``dtype``, with ports if gradients are needed.
+
+        ``one_token`` says that the forward is of one token, so that packs may be read again.
+        """
         index, sources, grad = adapter.spec.index, adapter.sources(), torch.is_grad_enabled()
         device = sources[0].device
         if is_compiling() or _is_capturing(device):
             return _alone(adapter, dtype)
         found = self._rounds.get((dtype, device))
-        entry = None if found is None else found.entry(index, sources, grad)
+        entry = None if found is None else found.entry(index, sources, grad, one_token)
         if entry is None:
             if (grad and self._computed) or is_of_zero_3(sources[0]):
                 return _alone(adapter, dtype)
-            found = self._pack(adapter, dtype, device)
+            only = found is not None and found.over and index != found.first
+            found = self._pack(adapter, dtype, device, only)
             entry = found.entries.get(index)
             if entry is None:
                 return _alone(adapter, dtype)
-            self._rounds = {**self._rounds, (dtype, device): found}
+            if not only:
+                self._rounds = {**self._rounds, (dtype, device): found}
         assert found is not None
+        found.read.add(index)
         if found.made is not None:
             _wait(entry.pack[:2], *found.made)
         if not grad or not entry.trained:
@@ -117,18 +126,25 @@ class PackSet:
     def _layers(self, device: torch.device) -> dict[int, tuple[Sequence[Tensor], Factors]]:
         """Return the tensors and factors of all layers on ``device`` that still exist."""
         found = {}
-        for index, member in self._members.items():
-            owner = member()
-            if owner is None:
-                continue
-            adapter = self._ask(owner)
-            sources = adapter.sources()
-            if sources[0].device == device and not any(map(Tensor.is_inference, sources)):
-                found[index] = sources, adapter.factors()
+        # A checkpoint around one layer must not count what the others' factors save.
+        with saved_tensors_hooks(_same, _same):
+            for index, member in self._members.items():
+                owner = member()
+                if owner is None:
+                    continue
+                adapter = self._ask(owner)
+                sources = adapter.sources()
+                if sources[0].device == device and not any(map(Tensor.is_inference, sources)):
+                    found[index] = sources, adapter.factors()
         return found
 
-    def _pack(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> _Round:
-        """Pack all layers on ``device``, if the adapter's layer is one."""
+    def _pack(
+        self, adapter: Adapter, dtype: torch.dtype, device: torch.device, only: bool
+    ) -> _Round:
+        """Pack the adapter's layer, and unless ``only``, all others on ``device``.
+
+        The result is empty if the layer is not of the group.
+        """
         found = _Round(adapter.spec.index)
         if torch.is_grad_enabled() and adapter.sources()[0].dtype != adapter.config.adapter_dtype:
             self._restore(adapter)
@@ -136,6 +152,8 @@ class PackSet:
         if member is None or member() is not adapter.owner:
             return found
         layers = self._layers(device)
+        if only:
+            layers = {each: layers[each] for each in layers if each == adapter.spec.index}
         for index, (sources, _) in layers.items():
             # Read before packing, so that a write by another thread meanwhile makes it stale.
             found.entries[index] = _Entry(sources)
@@ -183,6 +201,10 @@ class _Round:
         self.step, self.first = _last_step, first
         self.entries: dict[int, _Entry] = {}
         self.groups: list[tuple[list[int], tuple[Tensor, Tensor]]] = []
+        self.read: set[int] = set()
+        """The layers that have read."""
+        self.over = False
+        """Whether a new forward has begun, and not with the first layer."""
         self.linked = False
         """Whether there are ports."""
         self.spent = False
@@ -190,7 +212,9 @@ class _Round:
         self.made: tuple[Any, Any] | None = None
         """On a GPU, the stream that packed, and an event after the kernels."""
 
-    def entry(self, index: int, sources: Sequence[Tensor], grad: bool) -> _Entry | None:
+    def entry(
+        self, index: int, sources: Sequence[Tensor], grad: bool, one_token: bool
+    ) -> _Entry | None:
         """Return a layer's entry, or None if it is stale.
 
         Every forward of every layer calls this, and microseconds count: hence one loop over plain
@@ -199,9 +223,11 @@ class _Round:
         entry = self.entries.get(index)
         if entry is None or self.step is not _last_step or len(entry.stamps) != len(sources):
             return None
-        again = index == self.first or not self.linked
-        old = self.spent or (grad and entry.trained and again)
+        grad = grad and entry.trained
+        again = (not one_token or grad) and index in self.read
+        old = self.spent or self.over or again or (grad and not self.linked)
         if old and torch._C._current_graph_task_id() == -1:  # not inside a backward
+            self.over = self.over or (again and index != self.first)
             return None
         for source, (its, version, trained, dtype) in zip(sources, entry.stamps, strict=True):
             if source is not its or source._version != version:
@@ -222,6 +248,10 @@ class _Entry:
         self.trained = any(each.requires_grad for each in sources)
         self.ported: Packed | None = None
         """The pack with ports; None if a factor is computed."""
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_direct(sources: Sequence[Tensor], factors: Factors) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 import rasa_ext
@@ -164,3 +169,37 @@ def test_a_name_is_one_method_s():
     for name in ("of a test", 3):
         with pytest.raises(ValueError, match=rf"method: expected .*'lora' or .* got {name!r}; u"):
             methods.method_named(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfComputedConfig(methods.LoraConfig):
+    """LoRA whose odd layers compute A; the even ones have it."""
+
+    method: ClassVar[str] = "half-computed"
+
+    def factors(self, own, pool, spec):
+        found = super().factors(own, pool, spec)
+        return found._replace(A=found.A.sin()) if spec.index % 2 else found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [outside.VeraConfig, outside.PickedConfig, HalfComputedConfig])
+def test_computed_factors_under_gradient_checkpoints(method, reentrant):
+    """A checkpoint must save equal tensors in the forward and again, also after ``eval()``."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))).double()
+    config = method(rank=2, target_modules="all-linear", adapter_dtype=torch.float64)
+    model = rasa_ext.patch_model(base, config=config)
+    for parameter in rasa_ext.adapter_parameters(model):
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    trained = list(rasa_ext.adapter_parameters(model))
+    expected = torch.autograd.grad(model.eval()(x).square().sum(), trained)
+    for _ in range(2):
+        y = x
+        for block in model.train():
+            y = checkpoint(block, y, use_reentrant=reentrant)
+        y.square().sum().backward()
+        torch.testing.assert_close(tuple(p.grad for p in trained), expected)
+        model.eval()
+        model.zero_grad()

@@ -1,4 +1,4 @@
-"""Packs: made once for each forward with grad, and once for each change without grad.
+"""Packs: made once for each forward, but for steps of one token without grad.
 
 Gradients of packs must reach the adapter in every order of forwards and backwards.
 """
@@ -317,31 +317,39 @@ def test_a_group_is_packed_once_a_forward(use_reentrant, packs):
 
 
 def test_layers_that_are_called_in_pairs_do_not_pack_in_pairs(packs):
-    """Two inputs that pass each layer in turn, such as two towers, need two packs of the group."""
+    """Two inputs that pass each layer in turn, such as two towers, pack every layer twice."""
     model, simple, copies = chain(layers=5)
     for each in (model, simple):
         a, b = X[0], X[1]
         for layer in each:
             a, b = layer(a), layer(b)
         loss(a + b).backward()
-    assert len(packs) == 2  # the first layer's two calls
+    # The first layer packs the group in both calls. From the second layer's second call, layers
+    # pack only themselves.
+    assert len(packs) == 2 + 1 + 3 * 2
+    with torch.no_grad():
+        model(X[2])
+    assert len(packs) == 2 + 1 + 3 * 2 + 1
     expected = gradients(copies)
     for name, value in gradients(adapters(model)).items():
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
-def test_without_grad_a_group_is_packed_once_a_change(packs):
+def test_without_grad_a_group_is_packed_once_a_forward(packs):
     model = patched(LLAMA.build()).eval()
-    with torch.no_grad():
-        for _ in range(3):
+    for forward in range(1, 4):
+        with torch.set_grad_enabled(forward == 2):
             LLAMA.loss(model, LLAMA.inputs(0))
+        assert len(packs) == 7 * forward
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_steps_of_generate_pack_nothing(beams, packs):
+    """Only the forward over the prompt packs the groups."""
+    model = patched(LLAMA.build()).eval()
+    prompt = LLAMA.inputs(0)["input_ids"]
+    model.generate(prompt, max_new_tokens=5, num_beams=beams, use_cache=True, pad_token_id=0)
     assert len(packs) == 7
-    loss = LLAMA.loss(model, LLAMA.inputs(0))[1]
-    assert len(packs) == 14
-    with torch.no_grad():
-        LLAMA.loss(model, LLAMA.inputs(0))
-    assert len(packs) == 14
-    loss.backward()
 
 
 def test_packs_of_past_forwards_are_freed_at_once(packs):
@@ -425,7 +433,7 @@ def layers(config, hooked=False, frozen=False) -> nn.Sequential:
 
 
 def assert_writes_are_seen(module, inputs, sources, packs, times) -> None:
-    """Assert that a forward packs the group after a write to any source, and only then."""
+    """Assert that a step of one token packs the group after a write to a source, and only then."""
     for source in sources:
         before = module(*inputs)
         packs.clear()
@@ -443,6 +451,90 @@ def assert_writes_are_seen(module, inputs, sources, packs, times) -> None:
         assert torch.equal(after, copy.deepcopy(module)(*inputs))
 
 
+def every_layer(model, x):
+    return model(x)
+
+
+def in_pairs(model, x):
+    for layer in model:
+        x = layer(layer(x))
+    return x
+
+
+def all_but_the_first(model, x):
+    return model[2](model[1](x))
+
+
+def the_last(model, x):
+    return model[2](x)
+
+
+@pytest.mark.parametrize("write", ["copied", "assigned"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("first", [every_layer, in_pairs])
+@pytest.mark.parametrize("second", [every_layer, in_pairs, all_but_the_first, the_last])
+def test_a_forward_sees_writes_through_data(first, second, grad, write):
+    """Weight averages, evolution strategies and line searches write so, between two forwards."""
+    model, simple, copies = chain()
+    x = X[0][:, None] if grad else X[0]  # without grad, steps of one token do not see writes
+    with torch.set_grad_enabled(grad):
+        first(model, x)
+        for each in (parameters(adapters(model)), parameters(copies)):
+            for tensor in each:
+                if write == "copied":
+                    tensor.data.copy_(1.5 * tensor.data)
+                else:
+                    tensor.data = 1.5 * tensor.data
+        torch.testing.assert_close(second(model, x), second(simple, x))
+
+
+def test_a_backward_makes_the_packs_of_other_layers_stale():
+    """A loop without an optimizer writes through ``.data``; the next forward runs another layer."""
+    model, simple, copies = chain()
+    loss(model[0](X[0])).backward()
+    for tensor in (*parameters(adapters(model)), *parameters(copies)):
+        tensor.data.mul_(1.5)
+    torch.testing.assert_close(model[1](X[1]), simple[1](X[1]))
+
+
+def test_a_layer_that_is_trained_again_gets_a_gradient():
+    """It was frozen while another layer's forward packed the group."""
+    model, simple, copies = chain()
+    for trained in (False, True):
+        for tensor in (*parameters({"1": adapters(model)["1"]}), *parameters({"1": copies["1"]})):
+            tensor.requires_grad_(trained)
+        if not trained:
+            model[0](X[0])
+    for each in (model, simple):
+        loss(each[1](X[1])).backward()
+    expected = gradients({"1": copies["1"]})
+    for name, value in gradients({"1": adapters(model)["1"]}).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_packs_of_a_cast_adapter_are_not_trained():
+    """A forward with grad restores the dtype, though another layer's packed the group before."""
+    model = patched(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))).bfloat16().eval()
+    x = X[0].bfloat16()
+    with torch.no_grad():
+        model[0](x)
+    with pytest.warns(UserWarning, match="adapter_dtype"):
+        model[1](x)
+    assert {p.dtype for p in rasa_ext.adapter_parameters(model)} == {torch.float32}
+
+
+@torch.no_grad()
+def test_a_replica_of_data_parallel_reads_its_own_tensors():
+    """It has not joined the group."""
+    model, simple, copies = chain()
+    model(X[0])
+    replica = model[1]._replicate_for_data_parallel()
+    replica.A, replica.B, replica.d = model[1].A.clone(), 2 * model[1].B, model[1].d.clone()
+    torch.testing.assert_close(model[1](X[1]), simple[1](X[1]))
+    copies["1"].B.mul_(2)
+    torch.testing.assert_close(replica(X[1]), simple[1](X[1]))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
@@ -453,7 +545,7 @@ def test_a_layer_sees_writes_to_every_source(config, frozen, hooked, packs):
     sources = layer.adapter().sources()
     assert len(sources) == (3 if config.k == 0 else 5)
     assert {t.requires_grad for t in sources} == {True, False} if frozen else {True}
-    assert_writes_are_seen(layer, [torch.randn(3, 9)], sources, packs, 1)
+    assert_writes_are_seen(layer, [torch.randn(3, 1, 9)], sources, packs, 1)
 
 
 @torch.no_grad()
@@ -462,7 +554,7 @@ def test_a_layer_sees_writes_to_every_source(config, frozen, hooked, packs):
 @pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])
 def test_experts_see_writes_to_every_source(family, grouping, k, packs):
     model = experts.patched(experts.model(family), grouping, 3, k).eval()
-    module, inputs = experts.adapted(model)[1], experts.inputs(dtype=torch.float32)
+    module, inputs = experts.adapted(model)[1], experts.inputs(1, dtype=torch.float32)
     for stack in module.stacks().values():
         sources = stack.adapter().sources()
         assert len(sources) == (3 if k == 0 else 5)
@@ -478,13 +570,13 @@ WAYS = ("grad", "train", "eval", "to", "dtype", "replaced")
     [*itertools.product(("linear", "experts"), WAYS), ("linear", "autocast")],
 )
 def test_what_packs_are_forgotten_by(kind, way, packs):
-    """A write through .data is not seen, but each of these later actions drops the stale pack."""
+    """A step of one token misses a write through .data, unless one of these drops the pack."""
     if kind == "linear":
         owner = module = layers(CONFIGS[1])[1]
-        inputs = [torch.randn(3, 9)]
+        inputs = [torch.randn(3, 1, 9)]
     else:
         module = experts.adapted(experts.patched(experts.model(), "shared"))[1]
-        owner, inputs = module.down_proj, experts.inputs(dtype=torch.float32)
+        owner, inputs = module.down_proj, experts.inputs(1, dtype=torch.float32)
     with torch.no_grad():
         module(*inputs)
         owner.B.data.mul_(2)
@@ -520,11 +612,11 @@ def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_s
         model(X[0])
         (found,) = model[0].packs._rounds.values()
         found.made, found.entries[0].pack = (maker, made), pack
-        assert model[0].adapter().pack(torch.float64) is pack
+        assert model[0].adapter().pack(torch.float64, one_token=True) is pack
         assert not any(each.record_stream.called for each in pack)
         maker.wait_event.assert_not_called()
         current[0] = reader
-        assert model[0].adapter().pack(torch.float64) is pack
+        assert model[0].adapter().pack(torch.float64, one_token=True) is pack
     reader.wait_event.assert_called_once_with(made)
     for each in pack:
         each.record_stream.assert_called_once_with(reader)
@@ -533,13 +625,14 @@ def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_s
 def test_a_capture_packs_each_layer_and_neither_reads_nor_keeps(monkeypatch, packs):
     model, *_ = chain()
     model.eval()
+    x = X[0][:, None]
     with torch.no_grad():
-        expected = model(X[0])
+        expected = model(x)
         monkeypatch.setattr(module_of_packs, "_is_capturing", lambda device: True)
-        assert torch.equal(model(X[0]), expected)
+        assert torch.equal(model(x), expected)
         assert len(packs) == 1 + 3
         monkeypatch.setattr(module_of_packs, "_is_capturing", lambda device: False)
-        assert torch.equal(model(X[0]), expected)
+        assert torch.equal(model(x), expected)
         assert len(packs) == 1 + 3
 
 
@@ -577,10 +670,11 @@ def test_inference_tensors_have_no_version_and_are_not_kept(packs):
 def test_a_pack_of_an_evaluation_in_inference_mode_serves_later_ones(packs):
     model, *_ = chain()
     model.eval()
+    x = X[0][:, None]
     with torch.inference_mode():
-        expected = model(X[0])
+        expected = model(x)
     with torch.no_grad():
-        assert torch.equal(model(X[0]), expected)
+        assert torch.equal(model(x), expected)
     assert len(packs) == 1
     loss(model(X[0])).backward()
 
