@@ -37,7 +37,7 @@ from tests.helpers.finetuning import (
     read_metrics,
     run,
 )
-from tests.helpers.processes import MEET, launch
+from tests.helpers.processes import torchrun
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import (
     CHATML,
@@ -377,7 +377,7 @@ def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path, for
     result, _ = run(FinetuneOptions(**given, batch_size=4, output=one))
     text = yaml.safe_dump({**given, "batch_size": 2, "output": two})
     (tmp_path / "options.yaml").write_text(text)
-    text = launch(forked_python, "torch.distributed.run", "finetune.py", tmp_path, *MEET)
+    text = torchrun(forked_python, "finetune.py", tmp_path)
     assert text.count("step 2/2") == 1
     assert [row["step"] for row in read_metrics(Path(two) / "metrics.jsonl")] == [0, 1, 2, 2]
     assert losses(two) == [pytest.approx(row, rel=1e-4) for row in losses(one)]
@@ -394,7 +394,7 @@ def test_an_interrupt_of_one_process_stops_both_after_the_same_step(
     (tmp_path / "options.yaml").write_text(json.dumps(options.to_dict()))
     monkeypatch.setenv("INTERRUPT_AFTER", "3")
     with pytest.raises(AssertionError, match="exitcode  : 130") as stopped:
-        launch(forked_python, "torch.distributed.run", "finetune.py", tmp_path, *MEET)
+        torchrun(forked_python, "finetune.py", tmp_path)
     assert "Stopped after step 3 of 8. Continue in 2 processes with:" in str(stopped.value)
     assert [step for step, _ in checkpoints_in(tmp_path / "out")] == [3]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]

@@ -15,14 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 import rasa_ext
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
-from tests.helpers.processes import PARITY, adapter_difference, launch, torchrun
+from tests.helpers.processes import PARITY, accelerate, adapter_difference, torchrun
 from tests.workers import trainer, training
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, forked_python) -> Path:
     """torchrun's output: one directory for each recipe and case."""
-    return torchrun(forked_python, "training.py", tmp_path_factory.mktemp("trained"))
+    directory = tmp_path_factory.mktemp("trained")
+    torchrun(forked_python, "training.py", directory)
+    return directory
 
 
 @pytest.mark.parametrize("case", training.CASES)
@@ -111,9 +113,8 @@ FSDP2 = (
 def test_accelerate_launch_with_trainer(how, tmp_path, figure, forked_python):
     """--multi_gpu only means several processes; the script selects CPUs."""
     one, two = tmp_path / "one", tmp_path / "two"
-    options = f"{how} --num_processes 2 --num_machines 1 --mixed_precision no"
-    meet = ("--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port")
-    launch(forked_python, "accelerate.commands.launch", "trainer.py", two, *options.split(), *meet)
+    options = f"{how} --mixed_precision no --dynamo_backend no"
+    accelerate(forked_python, "trainer.py", two, *options.split())
     trainer.train(one, processes=1)
     losses = [torch.tensor(json.loads((d / "losses.json").read_text())) for d in (one, two)]
     apart = (losses[0] - losses[1]).abs().max().item()

@@ -18,7 +18,9 @@ FAMILY = family.FAMILY
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, forked_python) -> Path:
     """The output folder of two processes."""
-    return torchrun(forked_python, "family.py", tmp_path_factory.mktemp("family"))
+    directory = tmp_path_factory.mktemp("family")
+    torchrun(forked_python, "family.py", directory)
+    return directory
 
 
 @pytest.fixture(params=CASES)

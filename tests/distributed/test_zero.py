@@ -27,7 +27,9 @@ def trained(tmp_path_factory) -> Path:
     programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for ninja
     variables = {"PYTHONPATH": str(beside("deepspeed")), "PATH": programs}
     with mock.patch.dict(os.environ, variables, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
-        return torchrun(Path(sys.executable), "zero.py", tmp_path_factory.mktemp("zero"))
+        directory = tmp_path_factory.mktemp("zero")
+        torchrun(Path(sys.executable), "zero.py", directory)
+        return directory
 
 
 @pytest.mark.parametrize("name", [name for name in zero.CASES if name != "zero3"])

@@ -83,6 +83,10 @@ def _connect(name: str) -> socket.socket:
 
 def _client(name: str, arguments: list[str]) -> int:
     """Run Python with ``arguments`` in a fork, and return the exit code or end by its signal."""
+    import ctypes
+
+    # End with the process that started this one, such as a launcher that is killed.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     server = _connect(name)
     request = {"words": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     socket.send_fds(server, [json.dumps(request).encode() + b"\n"], [0, 1, 2])

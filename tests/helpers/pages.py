@@ -16,7 +16,6 @@ import io
 import os
 import re
 import shlex
-import socket
 import subprocess
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTImageProcessor
 from rasa_ext.commands.app import app
 from tests.helpers import tiny_lm
 from tests.helpers.models import VIT
+from tests.helpers.processes import run_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESEARCH = sorted((ROOT / "docs" / "research").glob("*.md"))
@@ -103,19 +103,10 @@ def shell(code: str, programs: Path, models: Path) -> str:
         "HF_HUB_CACHE": str(models / "hub"),
         "PYTHONPATH": f"{models}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "COLUMNS": "100",
+        "PET_STANDALONE": "1",  # torchrun binds a free port
     }
-    with socket.create_server(("localhost", 0)) as free:  # torchrun's default port may be in use
-        variables["PET_MASTER_PORT"] = str(free.getsockname()[1])
-    done = subprocess.run(
-        ["bash", "-e", "-c", code],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{code}\n{done.stdout}"
-    return done.stdout.replace(str(models), "site-packages")
+    printed = run_whole(["bash", "-e", "-c", code], env=variables)
+    return printed.replace(str(models), "site-packages")
 
 
 def code_of(block: re.Match[str]) -> tuple[str, str]:

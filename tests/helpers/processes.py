@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import signal
 import socket
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -17,32 +22,50 @@ PARITY = 1e-6
 """Largest difference in float32 between a training in one process and in two."""
 
 
-MEET = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-"""torchrun's options for two processes."""
+def run_whole(command: Sequence[str | Path], **options: Any) -> str:
+    """Run a command, and return what it printed. No process of it outlives the call.
 
-
-def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> str:
-    """Run a script of tests/workers under ``launcher``, and return the printed text.
-
-    ``options`` must end with the launcher's port option; a free port is appended.
+    Fails if the command fails or takes longer than ten minutes. The text goes to a file: a pipe
+    would stay open as long as a grandchild runs.
     """
-    with socket.socket() as free:
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+        try:
+            code = process.wait(600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        text = said.read()
+    assert code == 0, f"{command}\n{text}"
+    return text
+
+
+def accelerate(python: Path, worker: str, directory: Path, *options: str) -> None:
+    """Run a script of tests/workers under ``accelerate launch``, in two processes."""
+    with socket.socket() as free:  # accelerate's launcher cannot choose a port as it binds it
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [python, "-m", launcher, *options, str(port), WORKERS / worker, directory],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+        port = str(free.getsockname()[1])
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1")
+    meet = ("--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    run_whole([python, *launcher, *options, *meet, WORKERS / worker, directory])
 
 
-def torchrun(python: Path, worker: str, directory: Path) -> Path:
-    """Run a script under torchrun in two processes; return the folder that it writes to."""
-    launch(python, "torch.distributed.run", worker, directory, *MEET)
-    return directory
+def torchrun(python: Path, worker: str | Path, directory: Path, *arguments: str) -> str:
+    """Run a script of tests/workers under torchrun in two processes; return what it printed.
+
+    torchrun binds a free port of its own.
+    """
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return run_whole([python, *launcher, WORKERS / worker, directory, *arguments])
 
 
 def refuse_views() -> None:

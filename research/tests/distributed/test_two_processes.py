@@ -20,7 +20,9 @@ from tests.workers.family import Change
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, forked_python) -> Path:
     """The folder with the files of two processes."""
-    return torchrun(forked_python, family_worker.__file__, tmp_path_factory.mktemp("family"))
+    directory = tmp_path_factory.mktemp("family")
+    torchrun(forked_python, family_worker.__file__, directory)
+    return directory
 
 
 @pytest.fixture(params=FAMILY.cases)

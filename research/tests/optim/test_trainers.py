@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from rasa_research.optim import LoraPro
 from research.tests.optim import worker
 from tests.helpers.adapters import adapters, patched, same_adapters
 from tests.helpers.peft import TOKENS, tiny, two
+from tests.helpers.processes import torchrun
 from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
 
@@ -93,18 +92,7 @@ def test_peft_s_own_lora_is_refused():
 
 @pytest.mark.parametrize("moments", ["factors", "full"])
 def test_two_processes_step_as_one(moments, tmp_path, forked_python, figure):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
-    script = Path(worker.__file__)
-    done = subprocess.run(
-        [forked_python, "-m", "torch.distributed.run", *meet, script, tmp_path, moments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun(forked_python, worker.__file__, tmp_path, moments)
     alone = {n: p for n, p in worker.train(moments).named_parameters() if p.requires_grad}
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys() == alone.keys()
