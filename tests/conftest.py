@@ -20,6 +20,7 @@ _FIGURE = "figure"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", action="store_true", help="print what the tests measured")
+    parser.addoption("--walks", type=int, default=100, help="random walks of each kind")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
