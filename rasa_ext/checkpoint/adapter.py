@@ -281,6 +281,7 @@ def load_tensors_into(
     check_tensors(named, shapes, where, _other_base(tensors, expected))
     check_finite(named, where)
     _check_indices(planned, tensors, where)
+    _check_ties(root, plan, tensors, where)
     if not patched:
         apply_plan(model, config, plan)
     with torch.no_grad():
@@ -411,7 +412,7 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
         plan: the adapter's plan.
 
     Returns:
-        The tensors by name in the model; tied ones under one name.
+        The tensors by name in the model; tied ones under every name, as readers that copy need it.
 
     Example:
         >>> config = rasa_ext.RasaConfig(modules_to_save=["norm"])
@@ -419,16 +420,11 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
         >>> list(rasa_ext.checkpoint.saved_tensors(model, plan))
         ['model.norm.weight']
     """
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
-    for name in plan.modules_to_save:
-        for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items():
-            where = id(tensor) if tensor.is_meta else tensor.data_ptr()
-            mark = (where, tensor.shape, tensor.stride(), tensor.dtype)
-            if mark not in seen or not tensor.numel():
-                seen.add(mark)
-                tensors[f"{name}.{key}"] = tensor.detach()
-    return tensors
+    return {
+        f"{name}.{key}": tensor.detach()
+        for name in plan.modules_to_save
+        for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items()
+    }
 
 
 def _expected(
@@ -461,6 +457,19 @@ def _check_indices(
                     f"{where}: expected indices within the layer or its pool, but {name!r} has "
                     f"indices outside them ({error}). Nothing was changed."
                 ) from None
+
+
+def _check_ties(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError if a file has different values for one weight of the model."""
+    names: dict[tuple[object, ...], str] = {}
+    for name, live in saved_tensors(root, plan).items():
+        first = names.setdefault((live.data_ptr(), live.shape, live.stride()), name)
+        if not torch.equal(tensors[PREFIX + name], tensors[PREFIX + first]):
+            raise ValueError(
+                f"{where}: expected equal tensors for {first} and {name}, one weight that the "
+                "model ties, got different ones; untie them in the base, as the adapter's was. "
+                "Nothing was changed."
+            )
 
 
 def task_type(root: nn.Module) -> str | None:

@@ -112,20 +112,26 @@ def save_pretrained(
 def trained_state(root: nn.Module) -> dict[str, Tensor]:
     """Return the part of ``state_dict`` that training changes: adapters and trained modules.
 
-    It includes frozen tensors of an adapter, and buffers of modules trained in full.
+    It includes frozen tensors of an adapter, and buffers of modules trained in full. Tied tensors
+    have their first name, since safetensors refuses more.
     """
     mine = {id(module.rows) for _, module in row_owners(root)}
     for _, owner in owners(root):
         mine |= {id(tensor) for tensor in owner.adapter().sources()}
     saved = tuple(f"{name}." for name in patch_state(root).plan.modules_to_save)
-    state = root.state_dict(keep_vars=True)
-    return {k: t.detach() for k, t in state.items() if id(t) in mine or k.startswith(saved)}
+    found = {
+        id(tensor): (name, tensor.detach())
+        for name, tensor in reversed(root.state_dict(keep_vars=True).items())
+        if id(tensor) in mine or name.startswith(saved)
+    }
+    return dict(reversed(found.values()))
 
 
 def _nothing_missing(model: nn.Module, keys: Any) -> None:
     """Accept a state of exactly the trained tensors, which leaves the base unchanged: a hook."""
-    missing = set(keys.missing_keys)
-    if missing and missing == set(model.state_dict()) - set(trained_state(model)):
+    missing, state = set(keys.missing_keys), model.state_dict(keep_vars=True)
+    given = {id(tensor) for name, tensor in state.items() if name not in missing}
+    if missing and given == {id(state[name]) for name in trained_state(model)}:
         keys.missing_keys.clear()
 
 

@@ -162,7 +162,7 @@ def resolve_config(
     if not isinstance(targets, str):
         known = (item for item in targets if any(matches(name, (item,)) for name in modules))
         targets = tuple(known) or targets
-    saved = tuple(name for name in modules if matches(name, config.modules_to_save))
+    saved = _with_ties(found, [n for n in modules if matches(n, config.modules_to_save)])
     groups = config.layer_groups
     if not callable(groups):
         kept = (
@@ -241,7 +241,22 @@ def _modules_to_save(found: Survey, names: Collection[str]) -> tuple[str, ...]:
                 f"in {item!r}."
             )
         saved.update(dict.fromkeys(meant))
-    return tuple(saved)
+    return _with_ties(found, saved)
+
+
+def _with_ties(found: Survey, saved: Collection[str]) -> tuple[str, ...]:
+    """Add the modules that share a weight with ``saved`` ones, which training changes as well.
+
+    PEFT copies the modules that a file names, which unties them from the others.
+    """
+    chosen = {name: module for name, module in found.modules.items() if name in saved}
+    weights = {parameter for module in chosen.values() for parameter in module.parameters()}
+    inside = tuple(f"{name}." for name in saved)
+    for name, module in found.modules.items():
+        shares = not weights.isdisjoint(module.parameters(recurse=False))
+        if name and shares and not f"{name}.".startswith(inside):
+            chosen[name] = module
+    return tuple(name for name in found.modules if name in chosen)
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:

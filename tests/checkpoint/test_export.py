@@ -6,12 +6,25 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 import rasa_ext
 from tests.helpers.adapters import RANK, adapted_layers, adapters, patched
-from tests.helpers.models import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids, logits
+from tests.helpers.models import (
+    BERT,
+    ENCODER,
+    FAMILIES,
+    GPT2,
+    LLAMA,
+    T5,
+    TIED_LLAMA,
+    VIT,
+    Entry,
+    ids,
+    logits,
+)
 from tests.helpers.peft import load_in_peft
 
 pytestmark = pytest.mark.filterwarnings(
@@ -146,3 +159,27 @@ def test_an_encoder_without_a_fast_path_is_not_warned_of(tmp_path, recwarn):
     layer = nn.TransformerEncoderLayer(16, 4, 24, activation=nn.Tanh(), batch_first=True)
     rasa_ext.export_lora(patched(nn.TransformerEncoder(layer, 2)), tmp_path)
     assert not [w for w in recwarn if "fast path" in str(w.message)]
+
+
+@pytest.mark.parametrize("entry", [TIED_LLAMA, GPT2, T5], ids=ids)
+@pytest.mark.parametrize("named", ["input", "output"])
+@pytest.mark.filterwarnings("ignore:.*tie", "ignore:.*key 'modules_to_save'")
+def test_trained_ties(entry, named, tmp_path):
+    """Training one module changes the tied one; PEFT copies both, from either kind of file."""
+    import rasa_ext.peft  # PEFT then reads the adapter, too
+
+    base = entry.build()
+    table = getattr(base, f"get_{named}_embeddings")()
+    name = next(name for name, module in base.named_modules() if module is table)
+    model = patched(base, modules_to_save=[name])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    rasa_ext.export_lora(model, tmp_path / "lora")
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    expected = logits(entry, model)
+    for folder in ("lora", "adapter"):
+        found = logits(entry, PeftModel.from_pretrained(entry.build(), tmp_path / folder))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    fresh = entry.build()
+    rasa_ext.import_lora(fresh, tmp_path / "lora")
+    torch.testing.assert_close(logits(entry, fresh), expected, rtol=1e-4, atol=1e-4)

@@ -113,14 +113,33 @@ def test_modules_to_save_are_written_under_their_names(tmp_path):
     assert all(torch.equal(extra[key], value) for key, value in expected.items())
 
 
-def test_tied_modules_to_save_are_written_once(tmp_path):
-    model = patched(TIED.build(), RANK, 1, modules_to_save=["embed", "readout"])
+@pytest.mark.parametrize("named", [["embed"], ["readout"], ["embed", "readout"]], ids=str)
+def test_tied_modules_to_save_are_written_under_both_names(named, tmp_path):
+    """The weight is trained under both names, and PEFT unties what it copies."""
+    model = patched(TIED.build(), RANK, 1, modules_to_save=named)
+    assert set(rasa_ext.summary(model).modules_to_save) == {"embed", "readout"}
+    with torch.no_grad():
+        model.embed.weight.mul_(2)
     rasa_ext.save_adapter(model, tmp_path)
-    saved = [key for key in load_file(tmp_path / WEIGHTS) if key.endswith(".weight")]
-    assert len(saved) == 1
-    fresh = rasa_ext.load_adapter(TIED.build(), tmp_path)
-    assert fresh.embed.weight is fresh.readout.weight
-    assert same_adapters(model, fresh)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for name in ("embed", "readout"):
+        assert torch.equal(tensors[f"base_model.model.{name}.weight"], model.embed.weight)
+    for other in (TIED.build(), patched(TIED.build(), RANK, 1, modules_to_save=["readout"])):
+        fresh = rasa_ext.load_adapter(other, tmp_path)
+        assert fresh.embed.weight is fresh.readout.weight
+        assert same_adapters(model, fresh)
+
+
+def test_weights_that_differ_do_not_fit_a_tied_model(tmp_path):
+    untied = TIED.build()
+    untied.readout.weight = nn.Parameter(untied.embed.weight + 1)
+    rasa_ext.save_adapter(patched(untied, modules_to_save=["embed", "readout"]), tmp_path)
+    model = TIED.build()
+    refused(
+        lambda: rasa_ext.load_adapter(model, tmp_path),
+        model,
+        f"{tmp_path.name}: .*equal .*embed.weight.*readout.weight.*ties",
+    )
 
 
 def test_config_file(tmp_path):
