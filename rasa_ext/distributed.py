@@ -23,7 +23,12 @@ from torch.utils._pytree import tree_leaves
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.nn.adapter import AdaptedModule
 from rasa_ext.nn.split import SplitLinear
-from rasa_ext.patching.state import is_patched, patch_state, unwrap
+from rasa_ext.patching.state import (
+    is_patched,
+    parameters_of_adapters,
+    patch_state,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -151,7 +156,9 @@ def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
         >>> dist.destroy_process_group()
     """
     replicated = _checked(model)
-    if model in _AVERAGING and not _adapters(model).keys().isdisjoint(_AVERAGING[model].parameters):
+    if model in _AVERAGING and not parameters_of_adapters(model).keys().isdisjoint(
+        _AVERAGING[model].parameters
+    ):
         raise ValueError(
             "model: expected a model whose gradients are not averaged yet; call either "
             "shard_model or replicate_adapter, and only once."
@@ -357,21 +364,11 @@ def _checked(model: nn.Module) -> list[nn.Parameter]:
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
     """Return every parameter that is trained, an adapter's, or a saved module's; each once."""
     found = [p for p in model.parameters() if p.requires_grad]
-    found += _adapters(model)
+    found += parameters_of_adapters(model)
     if is_patched(model):
         for name in patch_state(model).plan.modules_to_save:
             found += model.get_submodule(name).parameters()
     return list(dict.fromkeys(found))
-
-
-def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
-    """Return every adapter parameter, trained or not; each once, in the order of layers."""
-    found: dict[nn.Parameter, None] = {}
-    for module in model.modules():
-        if isinstance(module, AdaptedModule):
-            base = set(module.base_layer.parameters())
-            found.update(dict.fromkeys(p for p in module.parameters() if p not in base))
-    return found
 
 
 @torch.no_grad()

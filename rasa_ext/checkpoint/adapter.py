@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.grouping import pattern, resolve_groups
 from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.state import is_patched, owners, patch_state, unwrap
+from rasa_ext.patching.state import is_patched, owners, patch_state, trained_by_hand, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 from rasa_ext.patching.tokens import row_tensors, rows_key
 from rasa_ext.writing import new_folder
@@ -105,8 +105,9 @@ def save_adapter(
     """Write the adapter of a patched model, and ``modules_to_save``, into a directory.
 
     The files are ``adapter_config.json``, with the field names of the official code,
-    ``adapter_model.safetensors``, with every trainable parameter once in its own dtype and nothing
-    of the base, and ``README.md``, the model card. A merged model saves an equal adapter.
+    ``adapter_model.safetensors``, with every trainable parameter in its own dtype and nothing else
+    of the base, and ``README.md``, the model card. What was unfrozen after patching is trainable,
+    too. A merged model saves an equal adapter.
 
     Args:
         model: a patched model, also inside ``torch.compile`` or DistributedDataParallel.
@@ -276,6 +277,8 @@ def load_tensors_into(
     planned = [group.planned(config) for group in plan.groups]
     expected = _expected(root, planned, plan)
     tensors = own_names(tensors, expected, shown, where)
+    by_hand = _by_hand(root, tensors.keys() - expected.keys())
+    expected |= {key: tuple(parameter.shape) for key, parameter in by_hand.items()}
     named = {shown(key): tensor for key, tensor in tensors.items()}
     shapes = {shown(key): shape for key, shape in expected.items()}
     check_tensors(named, shapes, where, _other_base(tensors, expected))
@@ -284,10 +287,23 @@ def load_tensors_into(
     _check_ties(root, plan, tensors, where)
     if not patched:
         apply_plan(model, config, plan)
+    for parameter in by_hand.values():
+        parameter.requires_grad_(True)
     with torch.no_grad():
-        for key, tensor in adapter_tensors(model).items():
-            tensor.copy_(tensors[key])
+        for key, tensor in {**adapter_tensors(model), **by_hand}.items():
+            if key in tensors:  # else unfrozen by hand, here only
+                tensor.copy_(tensors[key])
     return model
+
+
+def _by_hand(root: nn.Module, keys: Collection[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model, patched or not, for keys of ones unfrozen by hand."""
+    named = root.named_parameters(remove_duplicate=False)
+    frozen = {f"{PREFIX}{n}".replace(".base_layer.", "."): p for n, p in named}
+    plain = {key: key.replace(".base_layer.", ".") for key in sorted(keys)}
+    found = {key: frozen[name] for key, name in plain.items() if name in frozen}
+    check_in_memory(found)
+    return {key: p for key, p in found.items() if p.is_floating_point()}
 
 
 def own_names(
@@ -345,13 +361,22 @@ def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors of an adapter by key in a file, each once."""
+    """Return the live tensors that a file holds, by key: the adapter, and what else is trained.
+
+    Parameters that were unfrozen by hand have their names in the patched model, as PEFT reads them.
+    """
     root, state = unwrap(model), patch_state(model)
     plan, layers = state.plan, dict(owners(model))
     _check_in_place(plan, layers)
     adapters = {name: layers[name].adapter() for group in plan.groups for name in group.names}
     tensors = {key: tensor.detach() for key, tensor in keyed(adapters).items()}
-    others = {**row_tensors(root), **saved_tensors(root, plan)}
+    by_hand = {name: parameter.detach() for name, parameter in trained_by_hand(root).items()}
+    if merged := [name for name in by_hand if state.merged is not None and ".base_layer." in name]:
+        raise RuntimeError(
+            f"model: {merged[0]} was unfrozen by hand, and an adapter is merged into its layer; "
+            "call rasa_ext.unmerge(model) before saving."
+        )
+    others = {**row_tensors(root), **saved_tensors(root, plan), **by_hand}
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in others.items())
     planned = [group.planned(state.config) for group in plan.groups]
     _check_unsharded(root, plan, tensors, _expected(root, planned, plan))
@@ -387,7 +412,8 @@ def _check_unsharded(
 ) -> None:
     """Raise ValueError if a tensor of the adapter, or of a saved module, is not whole here."""
     for key, tensor in tensors.items():
-        if is_dtensor(tensor) or tuple(tensor.shape) != tuple(expected[key]):
+        whole = expected.get(key, tuple(tensor.shape))
+        if is_dtensor(tensor) or is_emptied(tensor) or tuple(tensor.shape) != tuple(whole):
             raise ValueError(
                 f"model: expected an adapter of whole tensors, but {key} is "
                 f"{what_is_here(tensor)}; {SHARDING_HINT}."

@@ -16,10 +16,17 @@ from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import checked_layout
 from rasa_ext.checkpoint.lora_file import factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
+from rasa_ext.checkpoint.lora_limits import INSTEAD
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.nn.rasa import AdapterOwner
-from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
+from rasa_ext.patching.state import (
+    adapted_experts,
+    adapted_layers,
+    patch_state,
+    trained_by_hand,
+    unwrap,
+)
 from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.tokens import row_tensors
 
@@ -76,7 +83,7 @@ def export_lora(
             ``expert_layout``, ``rank`` is no positive integer or, with adapted experts, below the
             largest effective rank, or ``format`` is unknown or cannot hold the adapter.
         ImportError: ``format`` is "gguf", and the package is missing.
-        ValueError: a reader would drop a part of the adapter.
+        ValueError: a reader would drop a part of the adapter, or parameters unfrozen by hand.
 
     Example:
         Two layers: R = 8 - 1 + 2 * 1 = 9.
@@ -183,6 +190,12 @@ def _export_of(model: nn.Module, device: str | None = None) -> Export:
     On "meta" the factors have shapes only, and take no memory.
     """
     state, root = patch_state(model), unwrap(model)
+    if by_hand := list(trained_by_hand(root)):
+        raise ValueError(
+            f"model: expected no trained parameters beside the adapter, but {by_hand[0]} (one of "
+            f"{len(by_hand)}) was unfrozen by hand, and readers of a LoRA would drop it; name its "
+            f"module in modules_to_save when patching, or {INSTEAD}."
+        )
 
     def adapted(base: Any, layers: Mapping[str, AdapterOwner]) -> Adapted:
         found = {name: layer.adapter().factors() for name, layer in layers.items()}

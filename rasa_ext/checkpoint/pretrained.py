@@ -112,8 +112,8 @@ def save_pretrained(
 def trained_state(root: nn.Module) -> dict[str, Tensor]:
     """Return the part of ``state_dict`` that training changes: adapters and trained modules.
 
-    It includes frozen tensors of an adapter, and buffers of modules trained in full. Tied tensors
-    have their first name, since safetensors refuses more.
+    It includes frozen tensors of an adapter, buffers of modules trained in full, and parameters
+    unfrozen by hand. Tied tensors have their first name, since safetensors refuses more.
     """
     mine = {id(module.rows) for _, module in row_owners(root)}
     for _, owner in owners(root):
@@ -122,7 +122,7 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
     found = {
         id(tensor): (name, tensor.detach())
         for name, tensor in reversed(root.state_dict(keep_vars=True).items())
-        if id(tensor) in mine or name.startswith(saved)
+        if id(tensor) in mine or name.startswith(saved) or getattr(tensor, "requires_grad", False)
     }
     return dict(reversed(found.values()))
 

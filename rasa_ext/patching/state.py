@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.nn.adapter import AdaptedModule
 from rasa_ext.nn.rasa import AdapterOwner, RasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.patching.targets import Plan
@@ -173,3 +174,21 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
                 found.setdefault(id(tensor), tensor)
     found.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))
     return list(found.values())
+
+
+def parameters_of_adapters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """Return every adapter parameter, trained or not; each once, in the order of layers."""
+    found: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            base = set(module.base_layer.parameters())
+            found.update(dict.fromkeys(p for p in module.parameters() if p not in base))
+    return found
+
+
+def trained_by_hand(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters, by name, that the user unfroze after patching, such as norms."""
+    known = set(parameters_of_adapters(root))
+    for name in patch_state(root).plan.modules_to_save:
+        known.update(root.get_submodule(name).parameters())
+    return {n: p for n, p in root.named_parameters() if p.requires_grad and p not in known}

@@ -26,6 +26,7 @@ from tests.helpers.models import (
     logits,
 )
 from tests.helpers.peft import load_in_peft
+from tests.helpers.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",
@@ -183,3 +184,16 @@ def test_trained_ties(entry, named, tmp_path):
     fresh = entry.build()
     rasa_ext.import_lora(fresh, tmp_path / "lora")
     torch.testing.assert_close(logits(entry, fresh), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_unfrozen_by_hand_is_refused(tmp_path):
+    model = patched(LLAMA.build())
+    model.model.norm.weight.requires_grad_(True)
+    calls = (
+        lambda: rasa_ext.export_lora(model, tmp_path / "lora"),
+        lambda: rasa_ext.export_size(model),
+        lambda: rasa_ext.export_error(model, 2),
+    )
+    for call in calls:
+        refused(call, model, r"model: .*model\.norm\.weight .*modules_to_save .*merge_and_unload")
+    assert not [*tmp_path.iterdir()]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rasa_ext
+import rasa_ext.peft  # PEFT then reads adapters
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest, read_tensors
 from tests.helpers.adapter_folders import edit
@@ -25,7 +28,17 @@ from tests.helpers.adapters import (
     same_adapters,
     same_bits,
 )
-from tests.helpers.models import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
+from tests.helpers.models import (
+    BERT,
+    EVERY,
+    GPT2,
+    LLAMA,
+    SEQUENTIAL,
+    TIED,
+    TWO_NAMES,
+    ids,
+    logits,
+)
 from tests.helpers.refusals import Snapshot, refused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -140,6 +153,63 @@ def test_weights_that_differ_do_not_fit_a_tied_model(tmp_path):
         model,
         f"{tmp_path.name}: .*equal .*embed.weight.*readout.weight.*ties",
     )
+
+
+def unfrozen(entry, kinds, seed=0):
+    """Return a patched model, with moved values in parameters that were unfrozen by hand."""
+    model = patched(entry.build())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if re.search(kinds, name):
+                parameter.requires_grad_(True).add_(
+                    torch.rand(parameter.shape, generator=generator)
+                )
+    return model
+
+
+BY_HAND = [(LLAMA, "norm"), (GPT2, "bias"), (BERT, "LayerNorm|bias"), (TIED, "embed"), (LLAMA, "")]
+
+
+@pytest.mark.parametrize(("entry", "kinds"), BY_HAND, ids=lambda each: getattr(each, "name", each))
+def test_what_was_unfrozen_by_hand(entry, kinds, tmp_path):
+    """It is saved, also in adapted layers, and loaded into a base as into a patched model."""
+    model = unfrozen(entry, kinds)
+    rasa_ext.save_adapter(model, tmp_path)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for other in (entry.build(), patched(entry.build()), unfrozen(entry, kinds, seed=1)):
+        loaded = rasa_ext.load_adapter(other, tmp_path)
+        assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
+        assert same_adapters(loaded, model)
+    read = PeftModel.from_pretrained(entry.build(), tmp_path)
+    torch.testing.assert_close(logits(entry, read), logits(entry, model))
+
+
+def test_an_adapter_without_them_loads_beside_what_was_unfrozen_by_hand(tmp_path):
+    rasa_ext.save_adapter(patched(LLAMA.build()), tmp_path)
+    model = unfrozen(LLAMA, "norm")
+    before = model.model.norm.weight.clone()
+    assert torch.equal(rasa_ext.load_adapter(model, tmp_path).model.norm.weight, before)
+
+
+def test_unfrozen_weights_of_merged_layers_are_refused(tmp_path):
+    model = unfrozen(LLAMA, "q_proj.base_layer.weight")
+    rasa_ext.save_adapter(model, tmp_path / "free")
+    rasa_ext.merge(model)
+    said = r"model: .*q_proj\.base_layer\.weight was unfrozen .*rasa_ext\.unmerge"
+    refused(lambda: rasa_ext.save_adapter(model, tmp_path / "no"), model, said, kind=RuntimeError)
+    rasa_ext.unmerge(model)
+    rasa_ext.save_adapter(model, tmp_path / "again")
+    assert content(tmp_path / "free") == content(tmp_path / "again")
+
+
+def test_what_no_base_has_is_refused(tmp_path):
+    """A module that was added after patching, and trained."""
+    model = patched(LLAMA.build())
+    model.added = nn.Linear(2, 2)
+    rasa_ext.save_adapter(model, tmp_path)
+    base = LLAMA.build()
+    refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, r"unexpected: .*added\.bias")
 
 
 def test_config_file(tmp_path):

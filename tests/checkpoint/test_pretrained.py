@@ -17,7 +17,7 @@ import rasa_ext
 from rasa_ext.checkpoint import pretrained
 from rasa_ext.writing import WriteError
 from tests.helpers import experts
-from tests.helpers.adapters import adapters, patched, randomize, through_file
+from tests.helpers.adapters import patched, randomize, same_adapters, through_file
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids, logits
 from tests.helpers.trained_tokens import with_moved_rows
 from tests.helpers.trainers import QUIET
@@ -127,6 +127,10 @@ def test_a_state_of_all_that_is_trained_is_whole():
 def trained(entry, folder, resume=None, **options):
     """Train a patched model for six steps, maybe resumed; return the trainer and all losses."""
     model = rasa_ext.patch_model(entry.build(), 4, 1, modules_to_save=options.pop("saved", ()))
+    by_hand = options.pop("by_hand", "nothing")
+    for name, parameter in model.named_parameters():
+        if by_hand in name:
+            parameter.requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 24, (8,), generator=generator) for _ in range(16)]
     arguments = TrainingArguments(
@@ -142,19 +146,20 @@ def trained(entry, folder, resume=None, **options):
     return trainer, [each["loss"] for each in trainer.state.log_history if "loss" in each]
 
 
+@pytest.mark.parametrize("by_hand", ["nothing", "weight", "bias", "ln_"])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
-def test_trainer_saves_and_resumes(entry, tmp_path, caplog):
-    whole, losses = trained(entry, tmp_path / "whole", saved=["lm_head"])
+def test_trainer_saves_and_resumes(entry, by_hand, tmp_path, caplog):
+    options = {"saved": ["lm_head"], "by_hand": by_hand}
+    whole, losses = trained(entry, tmp_path / "whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
-    assert (checkpoint / "model.safetensors").stat().st_size < size
+    if by_hand != "weight":
+        assert (checkpoint / "model.safetensors").stat().st_size < size
     caplog.clear()
-    resumed, again = trained(entry, tmp_path / "again", checkpoint, saved=["lm_head"])
+    resumed, again = trained(entry, tmp_path / "again", checkpoint, **options)
     assert again == losses
     assert "missing keys" not in caplog.text
-    for name, adapter in adapters(whole.model).items():
-        for ours, theirs in zip(adapters(resumed.model)[name], adapter, strict=True):
-            assert ours is theirs is None or torch.equal(ours, theirs)
+    assert same_adapters(resumed.model, whole.model)
     whole.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved" / "model.safetensors").exists()
     for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-6"):
@@ -181,10 +186,12 @@ def test_the_files_of_a_checkpoint_come_together(tmp_path, monkeypatch):
     assert set(os.listdir(folder)) == {"optimizer.pt", *names}
 
 
-def test_trainer_goes_back_to_the_best_checkpoint(tmp_path):
+@pytest.mark.parametrize("by_hand", ["nothing", "norm"])
+def test_trainer_goes_back_to_the_best_checkpoint(by_hand, tmp_path):
     trainer, _ = trained(
         LLAMA,
         tmp_path,
+        by_hand=by_hand,
         greater_is_better=True,  # the loss falls, so the last checkpoint counts as the worst
         load_best_model_at_end=True,
         eval_strategy="steps",
