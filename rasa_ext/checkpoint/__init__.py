@@ -1,6 +1,5 @@
 """Adapter directories: this package's, the official code's, and plain LoRAs."""
 
-import rasa_ext.checkpoint.pretrained  # noqa: F401  # gives patched models save_pretrained
 from rasa_ext.checkpoint.adapter import AdapterState, own_key, pool_key, saved_tensors
 from rasa_ext.checkpoint.expert_names import StackedWeight, stacked_weights
 from rasa_ext.checkpoint.files import (

@@ -49,7 +49,14 @@ from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.grouping import pattern, resolve_groups
 from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.state import is_patched, owners, patch_state, trained_by_hand, unwrap
+from rasa_ext.patching.state import (
+    check_merge_is_current,
+    is_patched,
+    owners,
+    patch_state,
+    trained_by_hand,
+    unwrap,
+)
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 from rasa_ext.patching.tokens import row_tensors, rows_key
 from rasa_ext.writing import new_folder
@@ -231,15 +238,19 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
             "was saved after patching, patch the base as for training, with "
             "rasa_ext.patch_model(model, ...), then load the adapter into it."
         )
-    state = unwrap(model).state_dict(keep_vars=True).items()
-    names = {(t.data_ptr(), t.shape): name for name, t in state if isinstance(t, Tensor)}
-    live = adapter_tensors(model).items()
-    there = {key: names.get((tensor.data_ptr(), tensor.shape), key) for key, tensor in live}
+    there = names_in_state(unwrap(model), adapter_tensors(model))
     found: dict[str, Tensor] = {}
     for each in shards:
         found.update(read_tensors(each, set(there.values())))
     tensors = {key: found[name] for key, name in there.items() if name in found}
     return load_tensors_into(model, patch_state(model).config, tensors, where)
+
+
+def names_in_state(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the name in ``state_dict`` of each of the ``adapter_tensors``, by key in a file."""
+    state = root.state_dict(keep_vars=True).items()
+    names = {(t.data_ptr(), t.shape): name for name, t in state if isinstance(t, Tensor)}
+    return {key: names.get((t.data_ptr(), t.shape), key) for key, t in tensors.items()}
 
 
 def load_tensors_into(
@@ -367,6 +378,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     root, state = unwrap(model), patch_state(model)
     plan, layers = state.plan, dict(owners(model))
+    check_merge_is_current(root)
     _check_in_place(plan, layers)
     adapters = {name: layers[name].adapter() for group in plan.groups for name in group.names}
     tensors = {key: tensor.detach() for key, tensor in keyed(adapters).items()}

@@ -23,6 +23,7 @@ from rasa_ext.nn.rasa import AdapterOwner
 from rasa_ext.patching.state import (
     adapted_experts,
     adapted_layers,
+    check_merge_is_current,
     patch_state,
     trained_by_hand,
     unwrap,
@@ -190,6 +191,7 @@ def _export_of(model: nn.Module, device: str | None = None) -> Export:
     On "meta" the factors have shapes only, and take no memory.
     """
     state, root = patch_state(model), unwrap(model)
+    check_merge_is_current(root)
     if by_hand := list(trained_by_hand(root)):
         raise ValueError(
             f"model: expected no trained parameters beside the adapter, but {by_hand[0]} (one of "

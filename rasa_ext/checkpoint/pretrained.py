@@ -1,7 +1,8 @@
 """``save_pretrained`` of a patched model: writes the adapter or, while merged, the merged model.
 
 transformers' own method would write wrapped layers under names that ``from_pretrained`` does not
-know: every linear layer of the loaded model would be random.
+know: every linear layer of the loaded model would be random. So it is refused for a model of which
+only a part is patched.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
-from rasa_ext.checkpoint.adapter import save_adapter
+from rasa_ext.checkpoint.adapter import adapter_tensors, names_in_state, write_tensors
+from rasa_ext.checkpoint.card import PLAIN
+from rasa_ext.checkpoint.files import check_tensors
 from rasa_ext.patching.state import (
-    AFTER_PATCHING,
     adapted_experts,
     adapted_layers,
+    check_merge_is_current,
+    inner_name,
     owners,
     patch_state,
     unwrap,
@@ -53,21 +58,51 @@ class SavePretrained:
         self._model = weakref.ref(state["model"])
 
 
-def replace_save_pretrained(model: nn.Module) -> list[Any]:
+def let_it_save(model: nn.Module) -> list[Any]:
     """Replace ``save_pretrained`` of a patched model, if it has one; return what to remove."""
+    hooks = [model.register_state_dict_pre_hook(_refuse_part)]
     if not hasattr(model, "save_pretrained"):
-        return []
+        return hooks
     replaced = model.__dict__["save_pretrained"] = SavePretrained(model)
-    return [replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
+    return [*hooks, replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
 
 
-AFTER_PATCHING.append(replace_save_pretrained)
+def _refuse_part(model: nn.Module, prefix: str, _keep_vars: bool) -> None:
+    """Refuse transformers' ``save_pretrained`` of a model around the patched one: a hook.
+
+    Trainer's checkpoints are let through: Trainer reads the same names again.
+    """
+    frame = sys._getframe() if prefix else None
+    while frame is not None:
+        its = frame.f_locals if frame.f_code.co_name == "save_pretrained" else {}
+        outer = its.get("self")
+        # PEFT writes only the adapters that it made.
+        if (
+            isinstance(outer, nn.Module)
+            and outer is not model
+            and not hasattr(outer, "peft_config")
+        ):
+            if _is_checkpoint(its.get("save_directory", "")):
+                return
+            part = prefix.rstrip(".")
+            raise ValueError(
+                f"model: expected a model patched as a whole, but only {part!r} of this "
+                f"{type(outer).__name__} is patched, and from_pretrained would not know its "
+                f"layers; call rasa_ext.save_adapter(model.{part}, directory) or, to save the "
+                f"whole model, rasa_ext.merge_and_unload(model.{part}) first."
+            )
+        frame = frame.f_back
+
+
+def _is_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    return re.fullmatch(r"checkpoint-\d+", Path(folder).name) is not None
 
 
 def save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
@@ -80,17 +115,23 @@ def save_pretrained(
         model: a patched model, whose ``save_pretrained`` this is.
         save_directory: created if missing.
         is_main_process: False writes nothing.
+        state_dict: the values to write, such as averages, by name in ``model.state_dict()``; by
+            default the model's.
         push_to_hub: only for a merged model.
         options: arguments of the model's own method; an adapter ignores them.
 
     Raises:
-        ValueError: an adapter is to be pushed, or the merged model cannot be written; the message
-            has the call to use.
+        ValueError: an adapter is to be pushed, ``state_dict`` lacks a trained tensor, or the merged
+            model cannot be written; the message has the call to use.
     """
     root = unwrap(model)
-    if patch_state(root).merged is not None:
+    state = patch_state(root)
+    if state_dict is not None:
+        known = root.state_dict()
+        state_dict = {k if k in known else inner_name(k): t for k, t in state_dict.items()}
+    if state.merged is not None:
         options.update(is_main_process=is_main_process, push_to_hub=push_to_hub)
-        _save_merged(root, save_directory, options)
+        _save_merged(root, save_directory, state_dict, options)
         return
     if push_to_hub:
         raise ValueError(
@@ -99,14 +140,21 @@ def save_pretrained(
         )
     if not is_main_process:
         return
+    tensors, trained = adapter_tensors(root), trained_state(root)
+    if state_dict is not None:
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        names = names_in_state(root, tensors)
+        tensors = {key: state_dict[name] for key, name in names.items() if name in state_dict}
+        check_tensors(tensors, shapes, "state_dict")
+        trained = {name: state_dict.get(name, tensor) for name, tensor in trained.items()}
     folder = Path(save_directory)
-    if re.fullmatch(r"checkpoint-\d+", folder.name) is None:
-        save_adapter(root, folder)
+    if not _is_checkpoint(folder):
+        write_tensors(root, folder, state.config, state.plan, tensors, PLAIN)
         return
     with new_folder(folder) as unfinished:
-        save_adapter(root, unfinished, card=None)
-        tensors = {key: tensor.contiguous() for key, tensor in trained_state(root).items()}
-        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(root, unfinished, state.config, state.plan, tensors)
+        ready = {name: tensor.contiguous() for name, tensor in trained.items()}
+        save_file(ready, unfinished / "model.safetensors", metadata={"format": "pt"})
 
 
 def trained_state(root: nn.Module) -> dict[str, Tensor]:
@@ -135,7 +183,12 @@ def _nothing_missing(model: nn.Module, keys: Any) -> None:
         keys.missing_keys.clear()
 
 
-def _save_merged(root: nn.Module, folder: str | os.PathLike[str], options: dict[str, Any]) -> None:
+def _save_merged(
+    root: nn.Module,
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Tensor] | None,
+    options: dict[str, Any],
+) -> None:
     kind: Any = type(root)
     write = kind.save_pretrained
     quantized = any(isinstance(layer.merged_base, nn.Module) for _, layer in adapted_layers(root))
@@ -145,11 +198,11 @@ def _save_merged(root: nn.Module, folder: str | os.PathLike[str], options: dict[
             "model: expected a merged transformers model of dense layers; call model = "
             "rasa_ext.merge_and_unload(model) and save that."
         )
-    options["state_dict"] = _plain_state(root, options.get("state_dict"))
-    write(root, folder, **options)
+    check_merge_is_current(root)
+    write(root, folder, state_dict=_plain_state(root, state), **options)
 
 
-def _plain_state(root: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def _plain_state(root: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return a merged model's state under the names of the plain model."""
     adapted = (*adapted_layers(root), *adapted_experts(root), *trained_tokens(root))
     layers = [f"{name}." for name, _ in adapted]

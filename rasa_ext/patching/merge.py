@@ -24,7 +24,14 @@ from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_pa
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.parts import Part, chunks_of, deltas_of, linear_part, stack_parts
 from rasa_ext.patching.patch import remove_layers
-from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
+from rasa_ext.patching.state import (
+    adapted_experts,
+    adapted_layers,
+    adapter_checksums,
+    check_merge_is_current,
+    patch_state,
+    unwrap,
+)
 from rasa_ext.patching.tokens import (
     check_rows_finite,
     merge_rows,
@@ -95,8 +102,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
         TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
         ValueError: a merged weight would not be finite, or a weight is shared with another module,
             sharded over processes or parametrized. No layer is then merged.
-        RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, or the
-            model is inside ``disable_adapter``.
+        RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, the model
+            is inside ``disable_adapter``, or the adapter has changed since an earlier merge.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -248,6 +255,7 @@ def _merge(
 ) -> float:
     state, root = patch_state(model), unwrap(model)
     if state.merged is not None:
+        check_merge_is_current(root)
         return state.merged
     if state.disabled:
         raise RuntimeError("model: leave rasa_ext.disable_adapter(model) before merging.")
@@ -270,6 +278,7 @@ def _merge(
         unmerge_rows(root)
         raise
     state.merged, state.dense_dtype, state.subtract = largest, dtype, subtract
+    state.merged_of = adapter_checksums(root)
     if not quiet:
         warn_dequantized(merging.changes, stacklevel=3)
     return largest

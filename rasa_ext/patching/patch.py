@@ -23,7 +23,6 @@ from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
 from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.state import (
-    AFTER_PATCHING,
     STATE,
     PatchState,
     patch_state,
@@ -199,6 +198,9 @@ def plan_layers(
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     """Apply a plan that ``make_plan`` made for this model and config."""
+    # The only import against the order of folders: files are written from models.
+    from rasa_ext.checkpoint.pretrained import let_it_save
+
     config = resolve_groups(config, plan.groups)
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
@@ -232,8 +234,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     model.__dict__[STATE] = state
-    for action in AFTER_PATCHING:
-        state.hooks += action(model)
+    state.hooks += let_it_save(model)
 
 
 def remove_layers(model: nn.Module) -> nn.Module:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import AdaptedModule
 from rasa_ext.nn.rasa import AdapterOwner, RasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts
+from rasa_ext.patching.subtraction import checksum
 from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
 STATE = "_rasa_ext"
 _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
-
-AFTER_PATCHING: list[Callable[[nn.Module], list[Any]]] = []
-"""Called with every patched model; what they return is removed when the model is unpatched."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -44,6 +42,8 @@ class PatchState:
     """Whether the last merge was asked to store no copy of the base's weights."""
     disabled: int = 0
     """Number of open ``disable_adapter`` contexts."""
+    merged_of: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Checksums of the adapter's parameters at the last merge, by name."""
     merge_again: bool = False
     """Whether the model was merged when the first of them was entered."""
 
@@ -68,6 +68,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def inner_name(name: str) -> str:
+    """Return the name in the patched module of a tensor of the wrapped model."""
+    return re.sub(rf"^(({'|'.join(_INNER)})\.)+", "", name)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -109,6 +114,29 @@ def check_unmerged(model: nn.Module) -> None:
     """
     if patch_state(model).merged is not None:
         raise RuntimeError("model: call rasa_ext.unmerge(model) before changing the adapter.")
+
+
+def check_merge_is_current(root: nn.Module) -> None:
+    """Raise RuntimeError if a merged adapter has changed since the merge."""
+    state = patch_state(root)
+    if state.merged is None:
+        return
+    now = adapter_checksums(root)
+    changed = [
+        n for n, then in state.merged_of.items() if n in now and now[n].item() != then.item()
+    ]
+    if changed:
+        raise RuntimeError(
+            f"model: the adapter changed while it is merged ({changed[0]}, one of {len(changed)}), "
+            "so the model computes with the old one; call rasa_ext.unmerge(model), then merge or "
+            "save again."
+        )
+
+
+def adapter_checksums(root: nn.Module) -> dict[str, Tensor]:
+    """Return a checksum () of every adapter parameter by name, without waiting for the device."""
+    adapters = parameters_of_adapters(root)
+    return {name: checksum(p) for name, p in root.named_parameters() if p in adapters}
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:

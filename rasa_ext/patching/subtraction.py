@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MergeResidual:
         """
         weight, device = _subtracted(merged, delta), merged.device
         weight.view(-1)[self.index.to(device).long()] = self.value.to(device)
-        if _sum(weight) != self.sum.to(device):
+        if checksum(weight) != self.sum.to(device):
             raise RuntimeError(
                 "subtracting the adapter does not restore the weight from before the merge: the "
                 "adapter, the weight or the device has changed since; undo that change and unmerge "
@@ -50,7 +50,7 @@ def residual_of(weight: Tensor, merged: Tensor, delta: Tensor) -> MergeResidual 
     index = wrong.nonzero().flatten().to(torch.int32 if small else torch.int64)
     if index.numel() * (index.itemsize + weight.itemsize) >= weight.nbytes:
         return weight.detach().clone()
-    return MergeResidual(index, weight.flatten()[index.long()], _sum(weight))
+    return MergeResidual(index, weight.flatten()[index.long()], checksum(weight))
 
 
 def _subtracted(merged: Tensor, delta: Tensor) -> Tensor:
@@ -62,5 +62,6 @@ def _bits(weight: Tensor) -> Tensor:
     return weight.detach().contiguous().view(_BITS[weight.itemsize])
 
 
-def _sum(weight: Tensor) -> Tensor:
+def checksum(weight: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits, read as integers: () int64."""
     return _bits(weight).sum(dtype=torch.int64)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import gc
 import os
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -19,6 +23,7 @@ from rasa_ext.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import patched, randomize, same_adapters, through_file
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids, logits
+from tests.helpers.refusals import refused
 from tests.helpers.trained_tokens import with_moved_rows
 from tests.helpers.trainers import QUIET
 
@@ -126,7 +131,9 @@ def test_a_state_of_all_that_is_trained_is_whole():
 
 def trained(entry, folder, resume=None, **options):
     """Train a patched model for six steps, maybe resumed; return the trainer and all losses."""
-    model = rasa_ext.patch_model(entry.build(), 4, 1, modules_to_save=options.pop("saved", ()))
+    saved = options.pop("saved", ())
+    patch = options.pop("patch", lambda m: rasa_ext.patch_model(m, 4, 1, modules_to_save=saved))
+    model = patch(entry.build())
     by_hand = options.pop("by_hand", "nothing")
     for name, parameter in model.named_parameters():
         if by_hand in name:
@@ -206,3 +213,82 @@ def test_trainer_goes_back_to_the_best_checkpoint(by_hand, tmp_path):
 
 def test_models_without_save_pretrained_get_none():
     assert not hasattr(patched(SEQUENTIAL.build()), "save_pretrained")
+
+
+def test_a_model_patched_by_the_inner_function_writes_the_adapter(tmp_path):
+    """In a process that has not imported what writes files."""
+    LLAMA.build().save_pretrained(tmp_path / "base")
+    code = f"""
+from transformers import LlamaForCausalLM
+from rasa_ext.patching.patch import patch_model
+model = patch_model(LlamaForCausalLM.from_pretrained({str(tmp_path / "base")!r}))
+model.save_pretrained({str(tmp_path / "adapter")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "adapter_model.safetensors" in os.listdir(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_part_that_is_patched(merged, tmp_path):
+    """The whole model's save_pretrained is refused until the part is plain again."""
+    model = LLAMA.build()
+    randomize(rasa_ext.patch_model(model.model, 4, 1), 3)
+    expected = logits(LLAMA, model)
+    if merged:
+        rasa_ext.merge(model.model)
+    said = r"model: .*'model' .* rasa_ext\.save_adapter\(model\.model, .*merge_and_unload\(model\."
+    refused(lambda: model.save_pretrained(tmp_path / "no"), model, said)
+    copied = copy.deepcopy(model)
+    refused(lambda: copied.save_pretrained(tmp_path / "no"), copied, said)
+    assert not list((tmp_path / "no").glob("*.safetensors"))
+    rasa_ext.save_adapter(model.model, tmp_path / "adapter")
+    again = LLAMA.build()
+    rasa_ext.load_adapter(again.model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(LLAMA, again), expected)
+    model.load_state_dict(model.state_dict())
+    rasa_ext.merge_and_unload(model.model)
+    model.save_pretrained(tmp_path / "whole")
+    whole = type(model).from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(LLAMA, whole), expected)
+
+
+def test_trainer_resumes_with_a_part_that_is_patched(tmp_path):
+    def patch(model):
+        rasa_ext.patch_model(model.model, 4, 1)
+        return model
+
+    whole, losses = trained(LLAMA, tmp_path / "whole", patch=patch)
+    again, others = trained(LLAMA, tmp_path / "a", tmp_path / "whole/checkpoint-2", patch=patch)
+    assert others == losses
+    assert same_adapters(again.model, whole.model)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-7"])
+def test_a_given_state_is_written(merged, prefix, name, tmp_path):
+    """Such as averages, or what Trainer reads from a compiled model."""
+    base = LLAMA.build()
+    options = {"modules_to_save": ["norm"]}
+    model, other = patched(base, seed=1, **options), patched(base, seed=2, **options)
+    if merged:
+        rasa_ext.merge(model)
+        rasa_ext.merge(other)
+    state = {prefix + key: tensor for key, tensor in other.state_dict().items()}
+    model.save_pretrained(tmp_path / name, state_dict=state)
+    read = type(base).from_pretrained if merged else functools.partial(rasa_ext.load_adapter, base)
+    expected = logits(LLAMA, other)
+    assert torch.equal(logits(LLAMA, read(tmp_path / name)), expected)
+    if name != "adapter" and not merged:
+        resumed = patched(LLAMA.build(), seed=3, **options)
+        resumed.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+        assert torch.equal(logits(LLAMA, resumed), expected)
+
+
+def test_a_given_state_without_a_trained_tensor_is_refused(tmp_path):
+    model = patched(LLAMA.build())
+    state = dict(model.state_dict())
+    del state["model.layers.0.mlp.up_proj.d"]
+    said = r"state_dict: .*1 missing: .*up_proj\.rasa_d"
+    refused(lambda: model.save_pretrained(tmp_path, state_dict=state), model, said)
+    assert not os.listdir(tmp_path)

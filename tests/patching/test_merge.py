@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch.nn.utils import parametrizations, prune
 
 import rasa_ext
 from tests.helpers import oracle
-from tests.helpers.adapters import RANK, adapted_layers, adapters, check_step, patched, same_bits
+from tests.helpers.adapters import (
+    RANK,
+    adapted_layers,
+    adapters,
+    check_step,
+    content,
+    patched,
+    same_bits,
+)
 from tests.helpers.models import (
     BERT,
     EVERY,
@@ -24,7 +33,7 @@ from tests.helpers.models import (
     ids,
     logits,
 )
-from tests.helpers.refusals import Snapshot
+from tests.helpers.refusals import Snapshot, refused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -266,3 +275,40 @@ def test_a_weight_that_is_made_of_others_takes_no_merge(kind):
         with pytest.raises(ValueError, match=said):
             call(model)
         assert same_bits(model(x).detach(), adapted)
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+def test_an_adapter_that_changes_while_merged_is_not_used(subtract, tmp_path):
+    """The model would compute with the old one, and a file hold the new one."""
+    base = LLAMA.build()
+    model, other = patched(base, trainable_token_indices=[3]), patched(base, seed=9)
+    state = copy.deepcopy(model.state_dict())
+    rasa_ext.merge(model, subtract=subtract)
+    model.load_state_dict(model.state_dict())  # equal values
+    rasa_ext.save_adapter(model, tmp_path / "equal")
+    name = "model.layers.1.mlp.up_proj.B"
+    model.load_state_dict({name: other.state_dict()[name]}, strict=False)
+    calls = (
+        lambda: rasa_ext.save_adapter(model, tmp_path / "new"),
+        lambda: model.save_pretrained(tmp_path / "new"),
+        lambda: rasa_ext.export_lora(model, tmp_path / "new", allow_dropped=True),
+        lambda: rasa_ext.merge(model),
+        lambda: rasa_ext.merge_and_unload(model),
+    )
+    for call in calls:
+        refused(call, model, rf"model: .*{re.escape(name)}.*rasa_ext\.unmerge", kind=RuntimeError)
+    assert not (tmp_path / "new").exists()
+    model.load_state_dict({name: state[name]}, strict=False)
+    rasa_ext.save_adapter(model, tmp_path / "old")
+    assert content(tmp_path / "old") == content(tmp_path / "equal")
+
+
+def test_rows_that_change_while_merged_are_not_used(tmp_path):
+    model = patched(LLAMA.build(), trainable_token_indices=[3])
+    rasa_ext.merge(model)
+    with torch.no_grad():
+        model.get_input_embeddings().rows.add_(1)
+    with pytest.raises(RuntimeError, match=r"model: .*embed_tokens\.rows"):
+        rasa_ext.save_adapter(model, tmp_path)
+    rasa_ext.unmerge(model)
+    rasa_ext.save_adapter(model, tmp_path)
