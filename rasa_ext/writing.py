@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
@@ -29,6 +30,9 @@ INSIDE, NEW, OLD = "saving", "new", "old"
 CONFIG = "adapter_config.json"
 CONFIGS = (CONFIG, "config.json")
 """Configs, without which no reader reads a folder."""
+
+WRITTEN = (*CONFIGS, *STALE, *TOKENIZER, "README.md", "adapter*.safetensors", "adapter.gguf")
+"""Names of what the package writes into a folder that exists."""
 
 _PATIENCE = 10.0  # seconds; a lock is held while a few files are renamed
 
@@ -206,7 +210,8 @@ def _clear(parent: Path, name: str, output: Path) -> None:
         with _locked(part, wait=False) as dead:
             if dead:
                 if any(part.glob(f"{NEW}/*")) and (part / OLD).is_dir():  # unfinished
-                    _put_back(part / OLD, output)
+                    # The folder may have come with files of others, who choose what is in it.
+                    _put_back(part / OLD, output, WRITTEN)
                 shutil.rmtree(part, ignore_errors=True)
 
 
@@ -245,12 +250,16 @@ def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _put_back(old: Path, target: Path) -> None:
+def _put_back(old: Path, target: Path, over: tuple[str, ...] = ("*",)) -> None:
+    """Move old files back, replacing only new ones whose names match ``over``."""
     for path in _in_order(old):
+        there = target / path.name
+        if os.path.lexists(there) and not any(fnmatch(path.name, each) for each in over):
+            continue
         if path.is_dir():  # the new one may be there
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        os.replace(path, target / path.name)
-    old.rmdir()
+            shutil.rmtree(there, ignore_errors=True)
+        os.replace(path, there)
+    shutil.rmtree(old)
 
 
 def _in_order(folder: Path) -> list[Path]:

@@ -143,11 +143,13 @@ def test_killed_at_any_moment_a_folder_loads_as_one_whole_version(tmp_path):
 
 
 def test_killed_at_any_moment_a_folder_within_is_whole(tmp_path):
+    within = "additional_chat_templates"
+
     def save(folder, version):
         with writing.new_folder(folder) as new:
             (new / CONFIG).write_text(version)
-            (new / "within").mkdir()
-            (new / "within" / version).write_text(version)
+            (new / within).mkdir()
+            (new / within / version).write_text(version)
 
     for call in itertools.count(1):
         folder = tmp_path / str(call)
@@ -156,7 +158,7 @@ def test_killed_at_any_moment_a_folder_within_is_whole(tmp_path):
             break
         if (folder / CONFIG).exists():
             version = (folder / CONFIG).read_text()
-            assert [path.name for path in (folder / "within").iterdir()] == [version]
+            assert [path.name for path in (folder / within).iterdir()] == [version]
         killed_at(call + 1, lambda: save(folder, "old"))  # noqa: B023
         save(folder, "new")
         files = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
@@ -240,6 +242,21 @@ def test_a_save_follows_no_link_that_lies_in_its_folder(saved, tmp_path_factory)
     rasa_ext.save_adapter(model, directory)
     assert content(outside) == {"adapter_model.safetensors": b"mine", "kept": b"mine"}
     assert not any((directory / name).is_symlink() for name in (CONFIG, WEIGHTS))
+
+
+def test_a_hidden_folder_that_came_with_an_adapter_replaces_nothing_of_the_user_s(saved):
+    """A folder that looks like a save that was killed."""
+    directory, model = saved
+    for name in ("new/x", "old/mine/evil", "old/notes"):
+        (directory / ".saving.0.part" / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / ".saving.0.part" / name).write_text("evil")
+    (directory / "mine").mkdir()
+    for name in ("mine/precious", "notes"):
+        (directory / name).write_text("mine")
+    rasa_ext.save_adapter(model, directory)
+    kept = {path.name: path.read_text() for path in directory.rglob("*") if path.is_file()
+            if path.name not in (CONFIG, WEIGHTS, "README.md")}  # fmt: skip
+    assert kept == {"precious": "mine", "notes": "mine"}
 
 
 def no_space(*args):
