@@ -167,11 +167,13 @@ def load_tokenizer(name: str) -> Any:
 def own_tokenizer(adapter: Path, *, needed: bool = True) -> Any:
     """Load the tokenizer, with the chat template, that an adapter was trained with, or None.
 
-    If it cannot be loaded, raise ModelError if it is needed, else warn and return None.
+    If it cannot be loaded, or is linked to files elsewhere, raise ModelError if it is needed, else
+    warn and return None.
     """
     if not (adapter / "tokenizer_config.json").is_file():
         return None
     try:
+        _check_links(adapter)
         return load_tokenizer(str(adapter))
     except ModelError as error:
         if needed:
@@ -179,6 +181,22 @@ def own_tokenizer(adapter: Path, *, needed: bool = True) -> Any:
         why = error.__cause__ or error
         warnings.warn(f"the tokenizer saved with {adapter} is left out: {why}", stacklevel=2)
         return None
+
+
+def _check_links(adapter: Path) -> None:
+    """Raise ModelError if what a tokenizer reads may be another file of this machine.
+
+    Copies of the tokenizer would publish that file. The Hub's cache links to its own blobs.
+    """
+    home = adapter.resolve()
+    inside = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in (*adapter.glob("*"), *adapter.glob("additional_chat_templates/*")):
+        weights = path.suffix in (".safetensors", ".bin")
+        if path.is_symlink() and not weights and not set(inside) & set(path.resolve().parents):
+            raise ModelError(
+                f"adapter: expected files, but {path} is a link to {os.readlink(path)}, outside of "
+                "the adapter's folder; replace it with a copy, if it is yours."
+            )
 
 
 def copy_tokenizer(adapter: Path, output: Path) -> None:

@@ -19,15 +19,54 @@ from rasa_ext.commands import models as model_loading
 from rasa_ext.commands.measuring import exact_match, greedy_answers, last_number
 from rasa_ext.commands.models import (
     ModelError,
+    copy_tokenizer,
     load_model,
     load_skeleton,
     load_tokenizer,
+    own_tokenizer,
     save_model,
 )
 from rasa_ext.peft import RasaConfig
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, save_gguf
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
+
+
+LINKS = {
+    "chat_template.jinja": "secret",
+    "additional_chat_templates": "",
+    "additional_chat_templates/tool.jinja": "secret",
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_tokenizer_linked_to_other_files_is_not_copied(name, tmp_path):
+    """Who pushes the copy would publish them."""
+    adapter, output, outside = (tmp_path / each for each in ("adapter", "output", "outside"))
+    make_tokenizer().save_pretrained(adapter)
+    outside.mkdir()
+    (outside / "secret").write_text("hunter2")
+    (adapter / name).parent.mkdir(exist_ok=True)
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).symlink_to(outside / LINKS[name])
+    with pytest.warns(UserWarning, match=f"left out: adapter: .*{adapter / name} is a link to"):
+        copy_tokenizer(adapter, output)
+    assert not [*output.rglob("*")]
+    with pytest.raises(ModelError, match="adapter: expected files"):
+        own_tokenizer(adapter)
+
+
+def test_a_tokenizer_in_the_hub_s_cache_is_links(tmp_path, recwarn):
+    """They lead to the repository's own blobs."""
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
+    make_tokenizer().save_pretrained(blobs)
+    folder.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(Path("../../blobs") / path.name)
+    (folder / "again").symlink_to("tokenizer.json")
+    copy_tokenizer(folder, tmp_path / "output")
+    assert (tmp_path / "output" / "tokenizer.json").is_file()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
