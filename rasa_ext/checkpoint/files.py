@@ -209,8 +209,8 @@ def read_either(directory: Path) -> dict[str, Tensor]:
         return read_tensors(directory / WEIGHTS)
     with open(path, "rb") as file:
         try:
-            if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"its entry {bad} has a wrong checksum")
+            if zipfile.is_zipfile(file):
+                _check_zip(zipfile.ZipFile(file), path.stat().st_size)
             file.seek(0)
             data = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged bytes may raise anything
@@ -223,7 +223,25 @@ def read_either(directory: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(t, Tensor) for key, t in data.items()
     ):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}.")
+    for name, t in data.items():
+        unusual = t.layout != torch.strided or t.is_meta or t.is_quantized
+        if unusual or t.untyped_storage().nbytes() < t.nbytes:
+            raise ValueError(
+                f"{path}: expected dense tensors whose every number is in the file, but {name} is "
+                "not one; ask its author for a safetensors file."
+            )
     return data
+
+
+def _check_zip(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError for a file that takes more memory than disk, which torch never writes."""
+    entries = archive.infolist()
+    if packed := next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None):
+        raise ValueError(f"its entry {packed.filename} is compressed")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("its entries overlap")
+    if bad := archive.testzip():
+        raise ValueError(f"its entry {bad} has a wrong checksum")
 
 
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:

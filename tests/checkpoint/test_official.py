@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import zipfile
 
 import pytest
 import torch
@@ -162,6 +164,44 @@ def test_pickles_that_are_damaged_or_of_other_things(content, tmp_path):
     file.write_bytes(content) if damaged else torch.save(content, file)
     model = LLAMA.build()
     said = rf"{file.name}: {'refused' if damaged else 'expected a dictionary of tensors'}"
+    refused(lambda: rasa_ext.load_official(model, tmp_path), model, said)
+
+
+UNUSUAL = {
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "one number as many": lambda t: torch.zeros(()).expand(1 << 40),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_tensors_without_all_their_numbers(kind, tmp_path):
+    write(tmp_path, pickled=True)
+    file = tmp_path / "adapter_model.bin"
+    tensors = torch.load(file, weights_only=True)
+    name = next(iter(tensors))
+    torch.save({**tensors, name: UNUSUAL[kind](tensors[name])}, file)
+    model = LLAMA.build()
+    said = f"{file.name}: expected dense tensors .*{re.escape(name)}"
+    refused(lambda: rasa_ext.load_official(model, tmp_path), model, said)
+
+
+@pytest.mark.parametrize("kind", ["compressed", "overlap"])
+def test_a_file_that_takes_more_memory_than_disk_is_refused_unread(kind, tmp_path, monkeypatch):
+    write(tmp_path, pickled=True)
+    file, how = tmp_path / "adapter_model.bin", zipfile.ZIP_STORED
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    if kind == "compressed":
+        how = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(file, "w", how) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        if kind == "overlap":
+            archive.filelist += archive.filelist
+    monkeypatch.setattr(torch, "load", None)
+    model, said = LLAMA.build(), f"{file.name}: refused.*{kind}"
     refused(lambda: rasa_ext.load_official(model, tmp_path), model, said)
 
 
