@@ -248,9 +248,13 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
 
 def names_in_state(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the name in ``state_dict`` of each of the ``adapter_tensors``, by key in a file."""
-    state = root.state_dict(keep_vars=True).items()
-    names = {(t.data_ptr(), t.shape): name for name, t in state if isinstance(t, Tensor)}
-    return {key: names.get((t.data_ptr(), t.shape), key) for key, t in tensors.items()}
+    state = root.state_dict(keep_vars=True)
+    names = {(t.data_ptr(), t.shape): n for n, t in state.items() if isinstance(t, Tensor)}
+    plain = {key: key.removeprefix(PREFIX) for key in tensors}
+    return {
+        key: plain[key] if plain[key] in state else names.get((t.data_ptr(), t.shape), key)
+        for key, t in tensors.items()
+    }
 
 
 def load_tensors_into(
@@ -424,8 +428,7 @@ def _check_unsharded(
 ) -> None:
     """Raise ValueError if a tensor of the adapter, or of a saved module, is not whole here."""
     for key, tensor in tensors.items():
-        whole = expected.get(key, tuple(tensor.shape))
-        if is_dtensor(tensor) or is_emptied(tensor) or tuple(tensor.shape) != tuple(whole):
+        if is_dtensor(tensor) or tuple(tensor.shape) != expected.get(key, tuple(tensor.shape)):
             raise ValueError(
                 f"model: expected an adapter of whole tensors, but {key} is "
                 f"{what_is_here(tensor)}; {SHARDING_HINT}."
@@ -499,10 +502,14 @@ def _check_indices(
 
 def _check_ties(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError if a file has different values for one weight of the model."""
-    names: dict[tuple[object, ...], str] = {}
-    for name, live in saved_tensors(root, plan).items():
-        first = names.setdefault((live.data_ptr(), live.shape, live.stride()), name)
-        if not torch.equal(tensors[PREFIX + name], tensors[PREFIX + first]):
+    saved = saved_tensors(root, plan)
+    names: dict[nn.Parameter, str] = {}
+    for name, live in root.named_parameters(remove_duplicate=False):
+        if name not in saved:
+            continue
+        first = names.setdefault(live, name)
+        one, other = (tensors[f"{PREFIX}{each}"] for each in (first, name))
+        if not torch.equal(one, other.to(one.dtype)):
             raise ValueError(
                 f"{where}: expected equal tensors for {first} and {name}, one weight that the "
                 "model ties, got different ones; untie them in the base, as the adapter's was. "

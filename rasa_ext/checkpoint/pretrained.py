@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,27 +71,28 @@ def let_it_save(model: nn.Module) -> list[Any]:
 def _refuse_part(model: nn.Module, prefix: str, _keep_vars: bool) -> None:
     """Refuse transformers' ``save_pretrained`` of a model around the patched one: a hook.
 
-    Trainer's checkpoints are let through: Trainer reads the same names again.
+    Trainer's checkpoints are written with a warning: Trainer reads the same names again.
     """
     frame = sys._getframe() if prefix else None
     while frame is not None:
         its = frame.f_locals if frame.f_code.co_name == "save_pretrained" else {}
-        outer = its.get("self")
+        outer, part = its.get("self"), prefix.rstrip(".")
         # PEFT writes only the adapters that it made.
         if (
             isinstance(outer, nn.Module)
             and outer is not model
             and not hasattr(outer, "peft_config")
         ):
-            if _is_checkpoint(its.get("save_directory", "")):
-                return
-            part = prefix.rstrip(".")
-            raise ValueError(
+            text = (
                 f"model: expected a model patched as a whole, but only {part!r} of this "
                 f"{type(outer).__name__} is patched, and from_pretrained would not know its "
                 f"layers; call rasa_ext.save_adapter(model.{part}, directory) or, to save the "
                 f"whole model, rasa_ext.merge_and_unload(model.{part}) first."
             )
+            if not _is_checkpoint(its.get("save_directory", "")):
+                raise ValueError(text)
+            warnings.warn(text, stacklevel=2)
+            return
         frame = frame.f_back
 
 

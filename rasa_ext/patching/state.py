@@ -40,10 +40,10 @@ class PatchState:
     """Dtype that the last merge was asked to give dequantized weights."""
     subtract: bool = False
     """Whether the last merge was asked to store no copy of the base's weights."""
-    disabled: int = 0
-    """Number of open ``disable_adapter`` contexts."""
     merged_of: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Checksums of the adapter's parameters at the last merge, by name."""
+    disabled: int = 0
+    """Number of open ``disable_adapter`` contexts."""
     merge_again: bool = False
     """Whether the model was merged when the first of them was entered."""
 
@@ -122,10 +122,8 @@ def check_merge_is_current(root: nn.Module) -> None:
     if state.merged is None:
         return
     now = adapter_checksums(root)
-    changed = [
-        n for n, then in state.merged_of.items() if n in now and now[n].item() != then.item()
-    ]
-    if changed:
+    merged = {name: (now[name], then) for name, then in state.merged_of.items() if name in now}
+    if changed := [name for name, (a, b) in merged.items() if a.item() != b.item()]:
         raise RuntimeError(
             f"model: the adapter changed while it is merged ({changed[0]}, one of {len(changed)}), "
             "so the model computes with the old one; call rasa_ext.unmerge(model), then merge or "

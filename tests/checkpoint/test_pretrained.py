@@ -257,7 +257,8 @@ def test_trainer_resumes_with_a_part_that_is_patched(tmp_path):
         rasa_ext.patch_model(model.model, 4, 1)
         return model
 
-    whole, losses = trained(LLAMA, tmp_path / "whole", patch=patch)
+    with pytest.warns(UserWarning, match=r"model: .*rasa_ext\.save_adapter\(model\.model"):
+        whole, losses = trained(LLAMA, tmp_path / "whole", patch=patch)
     again, others = trained(LLAMA, tmp_path / "a", tmp_path / "whole/checkpoint-2", patch=patch)
     assert others == losses
     assert same_adapters(again.model, whole.model)
