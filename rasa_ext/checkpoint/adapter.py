@@ -291,7 +291,7 @@ def load_tensors_into(
     check_in_memory(dict(_changed(root, plan)))
     planned = [group.planned(config) for group in plan.groups]
     expected = _expected(root, planned, plan)
-    tensors = own_names(tensors, expected, shown, where)
+    tensors = _with_ties(root, plan, own_names(tensors, expected, shown, where))
     by_hand = _by_hand(root, tensors.keys() - expected.keys())
     expected |= {key: tuple(parameter.shape) for key, parameter in by_hand.items()}
     named = {shown(key): tensor for key, tensor in tensors.items()}
@@ -500,20 +500,29 @@ def _check_indices(
                 ) from None
 
 
+def _tied(root: nn.Module, plan: Plan) -> list[tuple[str, str]]:
+    """Return the keys of tied weights of saved modules: the first one, and another."""
+    saved = saved_tensors(root, plan)
+    first: dict[nn.Parameter, str] = {}
+    named = root.named_parameters(remove_duplicate=False)
+    pairs = [(first.setdefault(live, name), name) for name, live in named if name in saved]
+    return [(f"{PREFIX}{one}", f"{PREFIX}{other}") for one, other in pairs if one != other]
+
+
+def _with_ties(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the second name of weights that older files hold under one of two."""
+    pairs = [pair for keys in _tied(root, plan) for pair in (keys, keys[::-1])]
+    return {**{new: tensors[key] for key, new in pairs if key in tensors}, **tensors}
+
+
 def _check_ties(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError if a file has different values for one weight of the model."""
-    saved = saved_tensors(root, plan)
-    names: dict[nn.Parameter, str] = {}
-    for name, live in root.named_parameters(remove_duplicate=False):
-        if name not in saved:
-            continue
-        first = names.setdefault(live, name)
-        one, other = (tensors[f"{PREFIX}{each}"] for each in (first, name))
-        if not torch.equal(one, other.to(one.dtype)):
+    for one, other in _tied(root, plan):
+        if not torch.equal(tensors[one], tensors[other].to(tensors[one].dtype)):
             raise ValueError(
-                f"{where}: expected equal tensors for {first} and {name}, one weight that the "
-                "model ties, got different ones; untie them in the base, as the adapter's was. "
-                "Nothing was changed."
+                f"{where}: expected equal tensors for {one} and {other}, one weight that the model "
+                "ties, got different ones; untie them in the base, as the adapter's was. Nothing "
+                "was changed."
             )
 
 

@@ -143,6 +143,22 @@ def test_tied_modules_to_save_are_written_under_both_names(named, tmp_path):
         assert same_adapters(model, fresh)
 
 
+@pytest.mark.parametrize("left_out", ["embed", "readout"])
+def test_a_file_that_holds_a_tied_weight_under_one_name(left_out, tmp_path):
+    """Files of earlier versions are so."""
+    model = patched(TIED.build(), modules_to_save=[left_out])
+    with torch.no_grad():
+        model.embed.weight.mul_(2)
+    rasa_ext.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"base_model.model.{left_out}.weight"]
+    save_file(tensors, path)
+    loaded = rasa_ext.load_adapter(TIED.build(), tmp_path)
+    assert torch.equal(loaded.embed.weight, model.embed.weight)
+    assert loaded.readout.weight is loaded.embed.weight
+
+
 def test_weights_that_differ_do_not_fit_a_tied_model(tmp_path):
     untied = TIED.build()
     untied.readout.weight = nn.Parameter(untied.embed.weight + 1)

@@ -250,7 +250,9 @@ def part(adapter) -> Part:
 class Patched(Walk):
     """Walks after ``patch_model``."""
 
-    @initialize(k=st.sampled_from([0, 1, 2]), names=st.sampled_from(["all-linear", ("q", "v", "down")]))
+    @initialize(
+        k=st.sampled_from([0, 1, 2]), names=st.sampled_from(["all-linear", ("q", "v", "down")])
+    )
     def patch(self, k, names):
         model = rasa_ext.patch_model(network(), 2, k, target_modules=names)
         self.changed(model)
