@@ -163,7 +163,7 @@ def test_the_tables_by_hand():
     losses |= {("slot r2 k1", run.RATES[0], 1): "1.7", ("PEFT LoRA r2", run.RATES[0], 1): "1.35"}
     lines = list(report(rows_of(losses)))
     slot = next(line for line in lines if line.startswith("| slot r2 k1 |"))
-    assert "| 1.600 ± 0.141 | +0.300 ± 0.071 |" in slot
+    assert "| 1.600 ± 0.141 | +0.300 (-0.335 to +0.935) |" in slot
     assert f"| slot r2 k1 |{' 1.5 |' * len(run.RATES)}" in lines
     assert any(line.startswith("| layer r2 k1 | - |") for line in lines)
 

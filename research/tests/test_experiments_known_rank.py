@@ -91,6 +91,13 @@ def test_runs_and_report(tmp_path, monkeypatch, capsys):
     assert [line["r"] for line in table] == [2]
     assert table[0]["lower at"] in ("0 of 2", "1 of 2", "2 of 2")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    path.rename(tmp_path / "other.yaml")
+    words[1] = str(tmp_path / "other.yaml")
+    (tmp_path / "loss.png").write_bytes(b"of config.yaml")
+    monkeypatch.setattr("sys.argv", ["report", *words])
+    report.main()
+    assert (tmp_path / "loss.png").read_bytes() == b"of config.yaml"
+    assert (tmp_path / "other-loss.png").is_file()
 
 
 def test_the_shipped_config_pairs_equal_numbers(tmp_path, monkeypatch):

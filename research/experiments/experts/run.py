@@ -26,6 +26,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 import rasa_ext
 from benchmarks.harness import machine
+from research.experiments.compare.report import interval
 from research.experiments.experts.base import (
     RECIPE,
     experts_used,
@@ -183,7 +184,7 @@ def report(rows: list[dict[str, str]]) -> Iterator[str]:
             f"{int(row['trained_in_experts']):,}",
             row["lr"],
             _spread([float(each["test_loss"]) for each in found.values()]),
-            "-" if method == "PEFT LoRA r2" else _spread(both, sign="+"),
+            "-" if method == "PEFT LoRA r2" or len(both) < 2 else interval(both, 3),
             _spread([float(each["text_loss"]) for each in found.values()]),
             f"{1e3 * statistics.median(float(r['seconds_per_step']) for r in found.values()):.0f}",
             str(len(found)),
@@ -211,10 +212,10 @@ def _at_best(rows: list[dict[str, str]], method: str) -> dict[int, dict[str, str
     }
 
 
-def _spread(values: list[float], sign: str = "") -> str:
+def _spread(values: list[float]) -> str:
     if len(values) < 2:
-        return " ".join(f"{value:{sign}.3f}" for value in values) or "-"
-    return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
+        return " ".join(f"{value:.3f}" for value in values) or "-"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def main() -> None:

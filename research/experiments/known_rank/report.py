@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.records import table as markdown
 from rasa_research.solver.plots import new_figure
-from research.experiments.compare.config import Config, of_config, read_config
+from research.experiments.compare.config import Config, file_of, of_config, read_config
 from research.experiments.compare.report import (
     Row,
     at_best_rates,
@@ -100,7 +100,7 @@ def main() -> None:
         return
     for task in config.tasks:
         print(f"### {task}\n\n{markdown(rank_table(config, rows, task))}\n")
-    draw(config, rows, given.results / "loss.png")
+    draw(config, rows, file_of(given.results, given.config, "loss.png"))
 
 
 if __name__ == "__main__":
