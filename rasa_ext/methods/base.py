@@ -108,7 +108,7 @@ class AdapterConfig:
     peft_type: ClassVar[str] = "RASA"
     """The type of all methods in PEFT."""
     peft: ClassVar[str] = ""
-    """Why PEFT cannot use the method; empty if it can."""
+    """Why PEFT cannot train the method, if not for ``loop`` or a hook that PEFT does not call."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(

@@ -152,15 +152,17 @@ class RasaConfig(PeftConfig):
         keys = {f"rasa_{name}" for name in settings.pop("rasa_options") or ()}
         return settings | {key: value for key, value in written.items() if key in keys}
 
+    def why_not_trained(self) -> str:
+        """Return why PEFT cannot train the method, or "" if it can. It can read every method."""
+        method = methods.method_named(self.rasa_method, "rasa_method")
+        hooks = ("learning_rates", "callbacks")
+        own = [name for name in hooks if getattr(method, name) is not getattr(AdapterConfig, name)]
+        loop = method.loop and f"its training needs {method.loop}"
+        return method.peft or loop or (f"PEFT does not call its {' and '.join(own)}" if own else "")
+
     def core(self) -> AdapterConfig:
         """Return the config that ``rasa_ext.patch_model`` takes for these settings."""
         config = methods.method_named(self.rasa_method, "rasa_method")
-        if config.peft:
-            raise ValueError(
-                f"rasa_method: expected a method for PEFT, got {self.rasa_method!r}: "
-                f"{config.peft}; use rasa_ext.patch_model("
-                f"model, config={config.__qualname__}(...))."
-            )
         fields, options = {field.name for field in dataclasses.fields(config)}, _options(config)
         given: dict[str, Any] = {"k": None} if config is methods.RasaConfig else {}
         for name, core in _CORE_NAMES.items():

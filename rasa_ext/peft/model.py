@@ -93,6 +93,13 @@ class RasaModel(BaseTuner):
         self._given = None if keys is None else {_layer_of(key) for key in keys}
         self._frozen: list[nn.Parameter] = []
         own = self.peft_config[adapter_name]
+        trains = isinstance(own, RasaConfig) and not own.inference_mode
+        if trains and (why := own.why_not_trained()):
+            raise ValueError(
+                f"rasa_method: expected a method that PEFT can train, got {own.rasa_method!r}: "
+                f"{why}; train it with rasa_ext.patch_model(model, config="
+                f"{type(own.core()).__name__}(...)), after which PEFT reads the saved adapter."
+            )
         if isinstance(own, RasaConfig) and own.trainable_token_indices:
             own.trainable_token_indices = settled_tokens(
                 self.model, own.core(), lambda name: self._is_target(own, name)

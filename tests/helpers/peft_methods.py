@@ -37,10 +37,11 @@ def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
     targets = ["up_proj", "down_proj"]
     shared = {"r": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
     config = RasaConfig(rasa_method=name, **shared, **named)
+    config.inference_mode = bool(config.why_not_trained())
     model = peft.get_peft_model(make_model(), config, **options)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model).items():
-            if tensor.requires_grad or "stack" in key:
+            if isinstance(tensor, nn.Parameter) or "stack" in key:
                 tensor.normal_(std=0.2)
     return model.eval()
 

@@ -46,7 +46,6 @@ class BlockLoraConfig(AdapterConfig):
     method: ClassVar[str] = "block-lora"
     title: ClassVar[str] = "Block-LoRA"
     paper: ClassVar[str] = "2501.16720"
-    peft: ClassVar[str] = "its B needs its own learning rate"
 
     rank: int = option(8, "r, the sum of the blocks' ranks. The rank of dW is r / n.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

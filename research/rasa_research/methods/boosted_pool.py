@@ -38,7 +38,6 @@ class BoostedPoolConfig(Boosted):
 
     method: ClassVar[str] = "boosted-pool"
     title: ClassVar[str] = "boosted pool (after XGBLoRA)"
-    peft: ClassVar[str] = f"its training needs {Boosted.loop}"
 
     train_past: bool = option(
         False, "Whether to continue training the entries of d that weight former boosters."

@@ -47,6 +47,7 @@ class SdLoraConfig(AdapterConfig):
     method: ClassVar[str] = "sd-lora"
     title: ClassVar[str] = "SD-LoRA"
     paper: ClassVar[str] = "2501.13198"
+    peft: ClassVar[str] = "rasa_research.training.next_task starts its tasks"
 
     rank: int = option(10, "The rank r of the first task's pair.")
     alpha: float = option(

@@ -35,9 +35,6 @@ class SoraConfig(GatedRasaConfig):
     method: ClassVar[str] = "sora"
     title: ClassVar[str] = "SoRA"
     paper: ClassVar[str] = "2311.11696"
-    peft: ClassVar[str] = (
-        "rasa_research.training.ProximalGates moves its gates after every optimizer step"
-    )
 
     rank: int = option(8, "The initial rank r of every layer.")
     k: int | None = option(
