@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,17 @@ def analyze_adapter(
         >>> [group.pattern for group in analyze_adapter("adapter")]
         ['model.layers.*.mlp.down_proj']
     """
-    settings, tensors = read_adapter(directory)
+    found = factors_by_group(*read_adapter(directory), directory, model)
+    return [_analyze_group(group, factors) for group, factors in found]
+
+
+def factors_by_group(
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+) -> list[tuple[Group, dict[str, Factors]]]:
+    """Return an adapter's groups with the factors of each layer; see ``analyze_adapter``."""
     config = read_method(settings)
     if model is None:
         shapes = _shapes(tensors, config.method, directory)
@@ -151,7 +162,7 @@ def analyze_adapter(
         config = resolve_config(model, config, found)
         groups = make_plan(model, config, found=found).groups
     try:
-        return [_analyze_group(group, _factors(tensors, config, group)) for group in groups]
+        return [(group, _factors(tensors, config, group)) for group in groups]
     except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"model: expected the base that {directory} was trained on, and all of the adapter's "

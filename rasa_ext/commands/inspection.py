@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rasa_ext.commands.output import command, console, pairs_of, table_of, working
 from rasa_ext.commands.parsing import parse_targets
@@ -13,7 +14,10 @@ from rasa_ext.commands.parsing import parse_targets
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rasa_ext.analysis import GroupAnalysis
+    from rasa_ext.ops import Factors
+    from rasa_ext.patching.grouping import Group
+
+Found = TypeVar("Found")
 
 
 @command
@@ -31,7 +35,8 @@ def inspect(
 
     Args:
         target: Directory of an adapter or a LoRA, or a model's directory or .gguf.
-        model: Model to plan an adapter for, in place of a target; it may be on the hub.
+        model: Model to plan an adapter for, in place of a target; it may be on the hub. With an
+            adapter: its base, which some methods need.
         rank: For a model: the new adapter's rank.
         k: For a model: ranks per layer that go to the shared pool. [default: rank // 8]
         target_modules: For a model: as in `rasa-ext finetune`.
@@ -41,75 +46,95 @@ def inspect(
     from rasa_ext.commands.models import is_model
     from rasa_ext.commands.paths import check_adapter
 
-    if (target is None) == (model is None):
-        raise ValueError("target: expected an adapter's directory or --model, got both or neither.")
     if target is None or (not spectrum and is_model(Path(target))):
+        if (target is None) == (model is None):
+            text = "target: expected an adapter's directory or --model, got both or neither."
+            raise ValueError(text)
         _show_plan(str(model or target), rank, k, target_modules, experts)
         return
     directory = Path(target)
     check_adapter(directory, "target", " To look at a model of the hub, pass --model.")
     if spectrum:
-        _show_spectrum(directory)
+        _show_spectrum(directory, model)
     else:
-        _show_adapter(directory)
+        _show_adapter(directory, model)
 
 
 class AdapterGroup(NamedTuple):
     """A group of layers that share a pool, read from an adapter's file.
 
-    ``shape`` is (out, in), and ``private`` and ``pooled`` are numbers of ranks, private per layer.
+    ``shape`` is (out, in), and ``ranks`` has the layers' numbers of private and pooled ranks.
     ``experts`` is the number of experts in each stacked weight, 0 for linear layers.
     """
 
     pattern: str
-    layers: int
     shape: tuple[int, int]
-    private: int
-    pooled: int
+    ranks: tuple[tuple[int, int], ...]
     parameters: int
     experts: int
 
 
 def read_groups(
-    config: dict[str, Any], tensors: dict[str, Tensor]
+    config: dict[str, Any], tensors: dict[str, Tensor], directory: Path, model: str | None = None
 ) -> tuple[list[AdapterGroup], list[str]]:
     """Return the groups of an adapter's layers, and the names of all other tensors.
 
-    The others belong to modules trained in full, or to layers without an A and a B.
+    The others belong to modules trained in full, or to layers without all factors.
     """
     from rasa_ext.checkpoint.files import PREFIX
-    from rasa_ext.methods.base import checked_groups
-    from rasa_ext.patching.grouping import groups_of
 
-    layers: dict[str, dict[str, Tensor]] = {}
     names = {}
     for key in tensors:
         if found := re.fullmatch(r"(.+)\.(?:rasa_(\w+)|lora_([AB])\.weight)", key):
-            name, ours, theirs = found.groups()
-            names[key] = name.removeprefix(PREFIX)
-            layers.setdefault(names[key], {})[ours or theirs] = tensors[key]
-    layers = {name: parts for name, parts in layers.items() if {"A", "B"} <= parts.keys()}
-    other = [key for key in tensors if names.get(key) not in layers]
-    shapes = {name: (*p["B"].shape[:-1], p["A"].shape[-1]) for name, p in layers.items()}
-    chosen = checked_groups(config.get("rasa_groups"))
-    groups = []
-    for group in groups_of(shapes, config.get("rasa_experts"), chosen):
-        parts = [layers[name] for name in group.names]
-        pool = parts[0].get("pool_A")
-        ranks = parts[0]["A"].shape[-2], 0 if pool is None else pool.shape[-2]
-        count = _numbers(tensor for each in parts for tensor in each.values())
-        groups.append(
-            AdapterGroup(group.pattern, len(parts), group.shape, *ranks, count, group.experts)
-        )
-    return groups, other
+            names[key] = found[1].removeprefix(PREFIX)
+    groups, grouped = [], set()
+    for group, factors in _factors(config, tensors, directory, model):
+        parts = [key for key in tensors if names.get(key) in factors]
+        grouped.update(parts)
+        pairs = [(f.A, f.A_pool) for f in factors.values()]
+        ranks = tuple((A.shape[-2], 0 if P is None else P.shape[-2]) for A, P in pairs)
+        count = _numbers(tensors[key] for key in parts)
+        groups.append(AdapterGroup(group.pattern, group.shape, ranks, count, group.experts))
+    return groups, [key for key in tensors if key not in grouped]
 
 
-def _show_adapter(directory: Path) -> None:
+def _factors(
+    config: dict[str, Any], tensors: dict[str, Tensor], directory: Path, model: str | None
+) -> list[tuple[Group, dict[str, Factors]]]:
+    """Return the groups that can be told from the files, or else from the base."""
+    from rasa_ext.analysis import factors_by_group
+    from rasa_ext.checkpoint.files import PREFIX
+    from rasa_ext.ops import Factors
+    from rasa_ext.patching.grouping import groups_of
+
+    if config.get("peft_type") == "RASA":
+        read = functools.partial(factors_by_group, config, tensors, directory)
+        try:
+            return _with_base_if_needed(read, directory, model)
+        except ValueError as error:
+            if model is not None:
+                raise
+            console.print(f"No groups: {error}", style="yellow", markup=False)
+            return []
+    ends = (".lora_A.weight", ".lora_B.weight")
+    layers = {
+        key.removeprefix(PREFIX).removesuffix(ends[0]): (tensors[key], tensors[other])
+        for key in tensors
+        if key.endswith(ends[0]) and (other := key.removesuffix(ends[0]) + ends[1]) in tensors
+    }
+    shapes = {name: (*B.shape[:-1], A.shape[-1]) for name, (A, B) in layers.items()}
+    return [
+        (g, {n: Factors(layers[n][0], None, layers[n][1], None, None) for n in g.names})
+        for g in groups_of(shapes)
+    ]
+
+
+def _show_adapter(directory: Path, model: str | None) -> None:
     from rasa_ext.checkpoint.files import WEIGHTS, not_finite, read_config, read_tensors
     from rasa_ext.methods import every_method
 
     config, tensors = read_config(directory), read_tensors(directory / WEIGHTS)
-    groups, other = read_groups(config, tensors)
+    groups, other = read_groups(config, tensors, directory, model)
     settings = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         for key, value in config.items()
@@ -124,9 +149,9 @@ def _show_adapter(directory: Path) -> None:
     if groups:
         table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")
         for each in groups:
-            shape, rank = _shape(each.shape, each.experts), each.private + each.pooled
-            numbers = (each.layers, shape, each.private, each.pooled, rank, f"{each.parameters:,}")
-            table.add_row(each.pattern, *map(str, numbers))
+            ranks = map(_span, (*zip(*each.ranks, strict=True), tuple(map(sum, each.ranks))))
+            numbers = (len(each.ranks), _shape(each.shape, each.experts), *ranks)
+            table.add_row(each.pattern, *map(str, numbers), f"{each.parameters:,}")
         console.print(table)
     if other:
         shown = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in other[:4])
@@ -149,9 +174,17 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
 
 
-def _show_spectrum(directory: Path) -> None:
+def _span(ranks: tuple[int, ...]) -> str:
+    """Format equal numbers as one, others as the smallest and the largest."""
+    return "-".join(map(str, sorted({min(ranks), max(ranks)})))
+
+
+def _show_spectrum(directory: Path, model: str | None) -> None:
+    from rasa_ext.analysis import analyze_adapter
+
     with working(f"Taking the singular values of {directory}"):
-        groups = _analyzed(directory)
+        read = functools.partial(analyze_adapter, directory)
+        groups = _with_base_if_needed(read, directory, model)
     headings = ("L", "out x in", "R", "effective rank", "private", "slots used", "||dW||")
     table = table_of("group", *headings)
     for group in groups:
@@ -172,16 +205,18 @@ def _show_spectrum(directory: Path) -> None:
     console.print(f"Means over {over}.")
 
 
-def _analyzed(directory: Path) -> list[GroupAnalysis]:
-    """Analyze an adapter by its files, and by the base's config if the files lack some shapes."""
-    from rasa_ext.analysis import ShapesUnknown, analyze_adapter
+def _with_base_if_needed(
+    read: Callable[[Any], list[Found]], directory: Path, model: str | None
+) -> list[Found]:
+    """Call ``read`` with None, or with the base's modules if the files lack some shapes."""
+    from rasa_ext.analysis import ShapesUnknown
 
     try:
-        return analyze_adapter(directory)
+        return read(None)
     except ShapesUnknown:
         from rasa_ext.commands.models import base_skeleton
 
-        return analyze_adapter(directory, base_skeleton(directory, None))
+        return read(base_skeleton(directory, model))
 
 
 def _show_plan(

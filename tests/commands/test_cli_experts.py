@@ -39,7 +39,7 @@ def groups_in(adapter: Path):
     """Return groups, other tensors and the number of trained parameters."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     trained = [t.numel() for name, t in tensors.items() if not name.endswith("rasa_slots")]
-    return *read_groups(read_config(adapter), tensors), sum(trained)
+    return *read_groups(read_config(adapter), tensors, adapter), sum(trained)
 
 
 def size_of(lora: Path) -> float:
@@ -120,13 +120,13 @@ def test_the_limit_is_a_gib():
 def test_inspect_has_a_line_for_each_group(grouping, places):
     groups, other, count = groups_in(places[grouping])
     stacked = [group for group in groups if group.experts]
-    assert [group.layers for group in stacked] == ([1] * 4 if grouping == "layer" else [2, 2])
+    assert [len(group.ranks) for group in stacked] == ([1] * 4 if grouping == "layer" else [2, 2])
     for group in stacked:
         up = "gate_up" in group.pattern
         assert group.shape == ((2 * INNER, HIDDEN) if up else (HIDDEN, INNER))
         assert group.experts == EXPERTS
-        assert group.private == RANK - GROUPINGS[grouping]
-        assert group.pooled == {"slot": 2, "layer": EXPERTS, "shared": 2 * RANK}[grouping]
+        pooled = {"slot": 2, "layer": EXPERTS, "shared": 2 * RANK}[grouping]
+        assert set(group.ranks) == {(RANK - GROUPINGS[grouping], pooled)}
     assert not other
     assert sum(group.parameters for group in groups) == count
     text = invoke("inspect", places[grouping])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -112,7 +113,13 @@ def test_methods_whose_files_need_the_base_for_shapes(shapeless, tmp_path):
     model = rasa_ext.patch_model(load(base), config=shapeless)
     randomize(model, 1)
     rasa_ext.save_adapter(model, tmp_path / "one")
-    assert "other tensors: base_model.model.model.layers.0" in invoke("inspect", tmp_path / "one")
+    groups = invoke("inspect", tmp_path / "one")
+    assert "other tensors" not in groups
+    for row in rasa_ext.summary(model):
+        shape = " x ".join(map(str, row.shape))
+        R = row.R if row.R == row.R_min else f"{row.R_min}-{row.R}"
+        line = rf"{re.escape(row.pattern)} {row.L} {shape} [\d-]+ [\d-]+ {R} "
+        assert re.search(line, groups)
     ranks = {g.pattern: [layer.effective_rank for layer in g.layers] for g in analyze(model)}
     down = ranks["model.layers.*.mlp.down_proj"]
     words = ["inspect", tmp_path / "one", "--spectrum"]
@@ -120,6 +127,11 @@ def test_methods_whose_files_need_the_base_for_shapes(shapeless, tmp_path):
     assert f"{sum(down) / 2:.1f} ({min(down):.1f}-{max(down):.1f})" in text
     (tmp_path / "base").rename(tmp_path / "gone")
     assert "one/adapter_config.json names this base" in invoke(*words, code=1)
+    assert invoke(*words, "--model", tmp_path / "gone") == text
+    without = invoke("inspect", tmp_path / "one")
+    assert "No groups: model: " in without
+    assert "other tensors: base_model.model.model.layers.0" in without
+    assert "No groups" not in invoke("inspect", tmp_path / "one", "--model", tmp_path / "gone")
 
 
 def test_a_warning_is_a_sentence(tmp_path):

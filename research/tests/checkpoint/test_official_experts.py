@@ -168,7 +168,7 @@ def test_saved_loaded_and_exported(tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "ours")
     again = rasa_ext.load_adapter(copy.deepcopy(base("mixtral")), tmp_path / "ours")
     trained = sum(p.numel() for p in rasa_ext.adapter_parameters(again))
-    groups, _ = read_groups(*read_adapter(tmp_path / "ours"))  # it also has the integers "slots"
+    groups, _ = read_groups(*read_adapter(tmp_path / "ours"), tmp_path)  # and the integers "slots"
     assert sum(group.parameters for group in groups) == trained
     left, right = again.state_dict(), model.state_dict()
     assert left.keys() == right.keys()
