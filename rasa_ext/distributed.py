@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -229,12 +230,25 @@ def _average(
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise ValueError for DistributedDataParallel, which does not average new parameters."""
+    """Raise ValueError for DistributedDataParallel, which does not average new parameters.
+
+    A wrapper around the model cannot be seen, so in several processes a warning is given.
+    """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "model: expected the model inside DistributedDataParallel, which does not average the "
             "gradients of new parameters; pass model.module on every process, then wrap it again."
         )
+    if _is_several() and unwrap(model) not in _AVERAGING:
+        warnings.warn(
+            "model: it has new parameters, whose gradients an earlier DistributedDataParallel does "
+            "not average; wrap the model again.",
+            stacklevel=3,
+        )
+
+
+def _is_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def check_averaged(model: nn.Module, what: str) -> None:
@@ -250,8 +264,7 @@ def check_averaged(model: nn.Module, what: str) -> None:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> rasa_ext.distributed.check_averaged(model, "layers")  # one process
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several and unwrap(model) not in _AVERAGING:
+    if _is_several() and unwrap(model) not in _AVERAGING:
         raise RuntimeError(
             f"{what}: changes which parameters are trained, but DistributedDataParallel averages "
             "only the gradients of parameters that were trained when it was created; call "

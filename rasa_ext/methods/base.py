@@ -467,14 +467,16 @@ def checked_number(name: str, value: Any) -> float:
 
 
 def checked_counts(name: str, value: Any) -> tuple[tuple[Any, int], ...]:
-    """Return a mapping to integers, or pairs, as pairs; raise TypeError for other values."""
+    """Return a mapping to integers >= 0, or pairs, as pairs; raise for other values."""
     try:
         pairs = tuple(dict(value).items())
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: expected a mapping to integers, got {value!r} ({type(value).__name__})."
         ) from None
-    return tuple((key, checked_integer(name, count)) for key, count in pairs)
+    if any(checked_integer(name, count) < 0 for _, count in pairs):
+        raise ValueError(f"{name}: expected integers >= 0, got {dict(pairs)}.")
+    return pairs
 
 
 def checked_rank(value: Any) -> int:

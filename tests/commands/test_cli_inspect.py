@@ -117,7 +117,7 @@ def test_methods_whose_files_need_the_base_for_shapes(shapeless, tmp_path):
     assert "other tensors" not in groups
     for row in rasa_ext.summary(model):
         shape = " x ".join(map(str, row.shape))
-        R = row.R if row.R == row.R_min else f"{row.R_min}-{row.R}"
+        R = row.R if row.R_min == row.R else f"{row.R_min}-{row.R}"
         line = rf"{re.escape(row.pattern)} {row.L} {shape} [\d-]+ [\d-]+ {R} "
         assert re.search(line, groups)
     ranks = {g.pattern: [layer.effective_rank for layer in g.layers] for g in analyze(model)}

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rasa_ext
 from rasa_ext.methods import LoraConfig, read_method
@@ -79,6 +81,19 @@ def test_what_is_refused():
     with pytest.raises(RuntimeError, match="unmerge"):
         replace_tensors(model, later, changed)
     assert all(layer.config is not later for layer in rasa_linears(model).values())
+
+
+def test_in_several_processes_it_says_to_wrap_again(recwarn):
+    """A DistributedDataParallel around the model, made before, cannot be seen from inside."""
+    model = case("rasa")
+    replace_tensors(model, *one_more(model))
+    assert not recwarn
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.warns(UserWarning, match=r"^model: .*wrap the model again"):
+            replace_tensors(model, *one_more(model))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_fields_of_a_method_from_outside():

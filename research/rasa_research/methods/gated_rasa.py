@@ -90,8 +90,7 @@ class GatedRasaConfig(RasaConfig):
         super().__post_init__()
         threshold = self.gate_threshold
         if threshold is not None:
-            if not 0 <= checked_number("gate_threshold", threshold) < math.inf:
-                raise ValueError(f"gate_threshold: expected a number >= 0, got {threshold}.")
+            _checked_size("gate_threshold", threshold)
             if self.experts:
                 raise ValueError(
                     f"gate_threshold: expected None with experts={self.experts!r}, whose pools "
@@ -245,7 +244,8 @@ class ProximalGates:
     def add_penalty_gradient(self) -> None:
         """Add the gradient of ``penalty()`` to d.grad, if you cannot change the loss itself.
 
-        Call it between ``loss.backward()`` and ``optimizer.step()``.
+        Call it between ``loss.backward()`` and ``optimizer.step()``. It equals ``penalty()`` in the
+        loss if gradients are clipped after it or not at all; Trainer's callback comes after.
         """
         gates = _gates(self._model)
         count = sum(entries.stop - entries.start for _, entries, _ in gates)
@@ -329,10 +329,10 @@ def threshold_schedule(
 
 
 def _checked_size(name: str, value: Any) -> float:
-    """Return ``value``; raise TypeError or ValueError if it is not a number >= 0."""
+    """Return ``value``; raise TypeError or ValueError if it is not a finite number >= 0."""
     size = checked_number(name, value)
-    if not size >= 0:
-        raise ValueError(f"{name}: expected a number >= 0, got {size}.")
+    if not 0 <= size < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {size}.")
     return size
 
 

@@ -67,7 +67,8 @@ class SboraConfig(AdapterConfig):
             raise ValueError(
                 "indices: expected 'random' with side 'B', which reads all of x, got 'activation'."
             )
-        checked_integer("seed", self.seed)
+        if not 0 <= checked_integer("seed", self.seed) < 1 << 62:
+            raise ValueError(f"seed: expected an integer >= 0 of 62 bits, got {self.seed}.")
         super().__post_init__()
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from rasa_ext.methods import (
     Factors,
     LayerSpec,
     checked_choice,
+    checked_integer,
     document_fields,
     fresh_A,
     fresh_B,
@@ -84,7 +85,10 @@ class SdLoraConfig(AdapterConfig):
                 )
             schedule.append((int(task), rank))
         object.__setattr__(self, "rank_schedule", tuple(sorted(schedule)))
-        object.__setattr__(self, "past", tuple(self.past))
+        past = self.past
+        if not isinstance(past, list | tuple) or any(checked_integer("past", r) < 1 for r in past):
+            raise ValueError(f"past: expected a sequence of ranks >= 1, got {past!r}.")
+        object.__setattr__(self, "past", tuple(past))
 
     @property
     def present_rank(self) -> int:

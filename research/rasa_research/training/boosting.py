@@ -183,6 +183,8 @@ class Boosting:
             drawn = layers.keys() & set(self._drawn)
             for parameter in (owner.A, owner.B):
                 parameter.requires_grad_(bool(drawn))
+            for layer in layers.values():  # train() did not restore what was frozen
+                layer.restore()
             if not isinstance(owner, RasaPool):
                 continue
             begins = not owner.B.any()

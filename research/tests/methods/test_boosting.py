@@ -187,6 +187,18 @@ def test_the_penalty():
     torch.testing.assert_close(boosting.penalty(), expected, **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:a trained adapter was cast")
+def test_a_cast_pair_has_its_dtype_again_once_it_is_drawn():
+    """train() restores only what is trained then."""
+    model = patched(base(dtype=torch.float32), torch.float32)
+    boosting = training.Boosting(model, adam(model), steps=1, layers=2, seed=1)
+    model.bfloat16().train()
+    for _ in range(4):
+        trained = [p for p in rasa_ext.adapter_parameters(model) if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        boosting.step()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -279,6 +279,8 @@ def test_a_threshold_of_the_steps():
         (lambda m: training.threshold_schedule(-1, 1, 1, 1), "first"),
         (lambda m: training.threshold_schedule(0, 1, 2, 1, "exp"), "first"),
         (lambda m: training.ProximalGates(m, math.nan), "threshold"),
+        (lambda m: training.ProximalGates(m, math.inf), "^threshold: .*finite"),
+        (lambda m: training.threshold_schedule(0, math.inf, 2, 1), "^last: .*finite"),
         (lambda m: training.ProximalGates(m, lambda step: math.nan).step(), "threshold"),
         (lambda m: training.ProximalGates(m, lambda step: -1.0).step(), "threshold"),
         (lambda m: training.ProximalGates(m, lambda step: None).step(), "threshold"),
