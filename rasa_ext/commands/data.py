@@ -7,10 +7,13 @@ conversations in ShareGPT's format.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ PLAIN_TEMPLATE = (
     "{{ ' ' + message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+SECONDS = 5.0
+"""Time for the chat template over one conversation."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -269,9 +274,7 @@ def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple
     for row in rows:
         turns = _to_the_last_answer(row, tokenizer) if template else conversation(row)
         if template and tokenizer.chat_template:
-            asked = tokenizer.apply_chat_template(
-                turns[:-1], tokenize=False, add_generation_prompt=True
-            )
+            asked = templated(tokenizer, turns[:-1], "data", add_generation_prompt=True)
         else:
             asked = "\n".join(turn["content"] for turn in turns[:-1])
         pairs.append((asked, turns[-1]["content"]))
@@ -288,11 +291,41 @@ def _to_the_last_answer(row: Row, tokenizer: Any) -> Turns:
     turns = conversation(row)
     turns = turns[: _answers(turns)[-1] + 1]
     if tokenizer.chat_template:
-        try:
-            tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception as error:  # a template can raise any exception
-            raise DataError(f"data: the chat template refuses {turns}: {error}") from error
+        templated(tokenizer, turns, "data")
     return turns
+
+
+def templated(tokenizer: Any, turns: Turns, argument: str, **options: Any) -> str:
+    """Return the text of a conversation by the chat template, which may be a stranger's.
+
+    Raises DataError, naming the argument, if the template refuses the turns or takes too long.
+    """
+    try:
+        with _at_most(SECONDS):
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except Exception as error:  # a template can raise any exception
+        said = f"{error}" or type(error).__name__
+        raise DataError(f"{argument}: the chat template refuses {turns}: {said}") from error
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in code that takes longer, in the main thread and not on Windows."""
+    main = threading.current_thread() is threading.main_thread()
+    if not (main and hasattr(signal, "setitimer")):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s.")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _answers(turns: Sequence[dict[str, str]]) -> list[int]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rasa_ext.commands.output import command, console
+from rasa_ext.commands.output import command, console, printable
 from rasa_ext.commands.parsing import check_dtype, check_least, check_seed
 
 
@@ -77,12 +77,22 @@ def print_answer(
     """Print the answer to a conversation token by token, and return it."""
     from transformers import TextStreamer, pipeline, set_seed
 
+    from rasa_ext.commands.data import templated
+
     set_seed(seed)
-    templated = template and tokenizer.chat_template
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    text = "\n".join(turn["content"] for turn in turns)
+    if template and tokenizer.chat_template:
+        text = templated(tokenizer, turns, "prompt", add_generation_prompt=True)
+        options = {**options, "add_special_tokens": False}  # the template has them
     ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (answer,) = ask(
-        turns if templated else "\n".join(turn["content"] for turn in turns),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        text,
+        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         return_full_text=False,
         **options,
     )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 
 __all__ = ["command", "console", "progress", "table_of", "working"]
@@ -23,9 +24,23 @@ INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
 P = ParamSpec("P")
 
+
+def printable(text: str) -> str:
+    """Return a text without control characters, with which a file could steer the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+class _Console(Console):
+    """A console that prints no control characters but rich's own."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+        for each in super().render(*args, **kwargs):
+            yield each if each.control else each._replace(text=printable(each.text))
+
+
 # A command prints its results to the console (stdout), and progress and errors to stderr.
-console = Console(highlight=False, soft_wrap=True)
-progress = Console(stderr=True, highlight=False, soft_wrap=True)
+console = _Console(highlight=False, soft_wrap=True)
+progress = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -148,7 +163,7 @@ def pairs_of(rows: dict[str, str]) -> Table:
 
 def sentence(message: Warning | str, *_: object, **__: object) -> str:
     """Format a warning without its line of source code, which users of a command do not need."""
-    return f"Warning: {message}\n"
+    return f"Warning: {printable(str(message))}\n"
 
 
 def _prepare() -> None:

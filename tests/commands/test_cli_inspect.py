@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.text import Text
 from torch import nn
+from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext.analysis import analyze
+from rasa_ext.commands import output
+from rasa_ext.commands.app import app
 from rasa_ext.methods import AdapterConfig
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load
@@ -91,6 +96,24 @@ def test_a_pipe_gets_names_and_paths_whole(tmp_path):
     assert f"{LONG}.*" in done.stdout
     assert "\u2026" not in done.stdout
     assert len(done.stdout.splitlines()) == 3
+
+
+def test_a_config_steers_no_terminal(tmp_path):
+    """Not in results, errors or warnings, nor where a table or a spinner shows the text."""
+    rasa_ext.save_adapter(patched(make_model(), 4, 1), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    evil = "x\x1b]0;title\x07\x1b[2J\r\x9by"
+    for changed in ({"base_model_name_or_path": evil, "task_type": evil}, {"rasa_method": evil}):
+        path.write_text(json.dumps(config | changed))
+        for words in ([], ["--spectrum"]):
+            text = CliRunner().invoke(app, ["inspect", str(tmp_path), *words]).output
+            assert not {"\x1b", "\x07", "\r", "\x9b"} & set(text)
+            assert words or "x]0;title[2Jy" in text
+    assert output.sentence(f"a {evil}") == "Warning: a x]0;title[2Jy\n"
+    with output.console.capture() as shown:
+        output.console.print(Text(evil))
+    assert shown.get() == "x]0;title[2Jy\n"
 
 
 def test_numbers_that_are_not_finite_are_told(tmp_path):

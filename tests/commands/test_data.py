@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,28 @@ def test_without_a_chat_template_roles_are_spelt_out(tmp_path):
     )
     learnt = [text for trained, text in text_of(row, tokenizer) if trained]
     assert learnt == [" 4<|end|>", " the answer\nis 6<|end|>"]
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOPS, "more than 0.2 s"),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "access to attribute"),
+        ("{{ 'x' * 10**15 }}", "MemoryError"),
+    ],
+)
+def test_templates_that_do_not_end_or_break_in_are_refused(template, said, monkeypatch):
+    monkeypatch.setattr(data, "SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DataError, match=rf"^prompt: the chat template refuses .*{said}"):
+        data.templated(make_tokenizer(template), [USER], "prompt")
+    with pytest.raises(DataError, match=rf"^data: the chat template refuses .*{said}"):
+        data.questions([messages(USER, FOUR)], make_tokenizer(template), True)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_data_sets_are_brought_into_one_form():

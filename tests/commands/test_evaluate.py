@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,28 @@ def test_generate_answers_side_by_side(folder):
     answer = " ".join(answer.split())
     assert answer
     assert f"what is 2? {answer}" in text.partition(f"{folder / 'base'} what")[0]
+
+
+def test_what_a_template_says_steers_no_terminal(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    template = tmp_path / "base/chat_template.jinja"
+    template.write_text("{{ raise_exception('\x1b[2J\x1b]0;title\x07 no user turn') }}")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "base"), "--prompt", "what"])
+    assert result.exit_code == 1
+    assert "Error: prompt: the chat template refuses" in result.output
+    assert "[2J]0;title no user turn" in result.output
+    assert "\x1b" not in result.output
+
+
+def test_what_a_model_says_steers_no_terminal(capsys):
+    tokenizer = make_tokenizer()
+    tokenizer.decode = lambda *_, **__: "\x1b[2Jtwo\u009b\n"
+    generate.print_answer(
+        make_model(), tokenizer, False, 0, {"max_new_tokens": 2}, [{"content": "x"}]
+    )
+    out = capsys.readouterr().out
+    assert "[2Jtwo\n" in out
+    assert not {"\x1b", "\u009b"} & set(out)
 
 
 def test_a_conversation_remembers_its_turns(folder, monkeypatch):
