@@ -37,6 +37,13 @@ def _shared(name: str, more: str = "", default: Any = None) -> Any:
     return _option(default, f"{_HELP[name]} {more}".rstrip())
 
 
+class _Patterns(dict[str, int]):
+    """A ``rank_pattern`` that is false, so that PEFT leaves it alone: its ``re`` may never end."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
 @dataclass
 class RasaConfig(PeftConfig):
     """Config of one RaSA adapter under PEFT. Each field's ``metadata["help"]`` explains it.
@@ -138,6 +145,7 @@ class RasaConfig(PeftConfig):
                 )
         for name in ("r", "rasa_k", "rasa_alpha"):
             setattr(self, name, getattr(core, _CORE_NAMES[name], None))
+        self.rank_pattern = self.rank_pattern and _Patterns(self.rank_pattern)
         self.trainable_token_indices = tokens_to_json(core.tokens)
         if not callable(core.layer_groups):
             self.rasa_groups = groups_to_json(core.layer_groups)
@@ -149,6 +157,8 @@ class RasaConfig(PeftConfig):
         """
         written = self.core().to_dict()
         settings: dict[str, Any] = super().to_dict()
+        if self.rank_pattern is not None:
+            settings["rank_pattern"] = dict(self.rank_pattern)  # json would write a false one as {}
         keys = {f"rasa_{name}" for name in settings.pop("rasa_options") or ()}
         return settings | {key: value for key, value in written.items() if key in keys}
 

@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import inspect
 import json
+import re
 
 import peft
 import pytest
@@ -167,3 +168,19 @@ def test_a_pattern_that_python_s_own_matcher_does_not_get_done_with():
     model = peft.get_peft_model(tiny_lm.make_model(), config)
     adapted = {name for name, m in model.named_modules() if isinstance(m, NamedAdapters)}
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
+
+
+def test_ranks_by_such_a_pattern(tmp_path, monkeypatch):
+    """PEFT does not get the patterns, which it would match by ``re`` for a warning."""
+    slow = r"(.*)*\1$"
+    match = re.match
+    monkeypatch.setattr(re, "match", lambda p, *_: pytest.fail(p) if slow in p else match(p, *_))
+    config = RasaConfig(r=4, target_modules=["q_proj"], rank_pattern={slow: 5})
+    model = peft.get_peft_model(tiny_lm.make_model(), config)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_lm.make_model(), tmp_path)
+    for each in (model, again):
+        assert {len(p) for n, p in each.named_parameters() if ".rasa_A." in n} == {4}  # 5 - k
+        assert each.peft_config["default"].rank_pattern == {slow: 5}
+    again = dataclasses.replace(config, r=3)
+    assert again.core().rank_pattern == config.core().rank_pattern
