@@ -30,6 +30,8 @@ _OWN = ("Load", "Serve", "Layers")
 _HERE = '`"."` is the folder of this card.\n\n'
 _ROWS = 40
 """Largest number of layer groups that a card lists."""
+_LARGEST = 1 << 18
+"""Largest size in bytes of a card whose additions are read."""
 _ALWAYS = ("rank", "k", "alpha")
 _LIBRARIES = {"peft": "peft", "gguf": None, "mlx": "mlx"}
 
@@ -76,7 +78,7 @@ class Card:
 
         Returns:
             The data sets of the head, and the sections except "Load", "Serve" and "Layers". Empty
-            if the directory has no card of this package.
+            if the directory has no card of this package, or one of more than 256 KiB.
 
         Raises:
             ValueError: the head of the card is no YAML.
@@ -392,7 +394,9 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _text(path: Path) -> str:
+    """Return the text of a card; "" for what no card is, or one too large to read in seconds."""
     try:
-        return path.read_bytes().decode()
+        small = path.is_file() and path.stat().st_size <= _LARGEST
+        return path.read_bytes().decode() if small else ""
     except (OSError, UnicodeDecodeError):
         return ""

@@ -39,6 +39,7 @@ def export_lora(
             (vLLM, SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]
         yes: Write a LoRA of experts even if it takes more than 1 GiB.
     """
+    note_template(adapter)
     import torch
 
     import rasa_ext
@@ -72,7 +73,6 @@ def export_lora(
             copy_tokenizer(adapter, output)
         truncation = None if rank is None else rasa_ext.export_error(base, rank)
     console.print(f"LoRA of rank {written} in {output}.")
-    note_template(adapter)
     if truncation is not None:
         table = table_of("layer", "error")
         for layer, error in {**truncation.layers, "all": truncation.error}.items():

@@ -29,6 +29,7 @@ def merge(
         dtype: Dtype of the base: float32, bfloat16, float16, or auto (the stored dtype).
     """
     check_dtype(dtype)
+    note_template(adapter)
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
     from rasa_ext.commands.models import (
@@ -53,7 +54,6 @@ def merge(
             save_model(merged, tokenizer, folder)
             write_card(folder, card, output)
     console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
-    note_template(adapter)
 
 
 def _card(model: Any, adapter: Path) -> str:

@@ -365,9 +365,11 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             patches.enter_context(patch)
             # transformers prints a progress bar here that no setting turns off.
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        # A damaged .gguf raises errors of any kind in its reader.
+        kinds = Exception if "gguf_file" in where else (OSError, ValueError, SafetensorError)
         try:
             yield where
-        except (OSError, ValueError, SafetensorError) as error:
+        except kinds as error:
             raise ModelError(_cannot_load(name, error)) from error
 
 

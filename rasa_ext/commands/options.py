@@ -278,7 +278,15 @@ class FinetuneOptions:
 def trained_with_template(name: str | Path) -> bool:
     """Return whether `finetune` trained an adapter with the chat template; True for others."""
     record = Path(name) / RECORD
-    return not record.is_file() or yaml.safe_load(record.read_text("utf-8")).get("template", True)
+    if not record.is_file():
+        return True
+    try:
+        return bool(yaml.safe_load(record.read_text("utf-8")).get("template", True))
+    except (AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{record}: expected a run's options as YAML, but reading them failed: {error}; delete "
+            "the file, and pass --no-template to evaluate and generate if it had template: false."
+        ) from None
 
 
 def note_template(adapter: Path) -> None:

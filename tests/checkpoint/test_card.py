@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import warnings
@@ -302,3 +303,14 @@ def test_what_was_told_is_read_again(tmp_path):
     (tmp_path / "README.md").write_text(text.replace("tags:", "tags: ["))
     with pytest.raises(ValueError, match=rf"{tmp_path}/README\.md: expected a YAML header"):
         rasa_ext.Card.read(tmp_path)
+
+
+def test_a_card_that_takes_long_to_read_adds_nothing_and_stays(tmp_path):
+    huge = rasa_ext.Card(["a/b"] * 50_000, {"More": "text"})
+    rasa_ext.save_adapter(model(), tmp_path / "huge", card=huge)
+    before = card(tmp_path / "huge")
+    assert rasa_ext.Card.read(tmp_path / "huge") == rasa_ext.Card()
+    rasa_ext.save_adapter(model(), tmp_path / "huge")
+    assert card(tmp_path / "huge") == before
+    os.mkfifo(tmp_path / "README.md")
+    assert rasa_ext.Card.read(tmp_path) == rasa_ext.Card()

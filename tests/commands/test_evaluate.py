@@ -39,6 +39,18 @@ def test_what_is_made_of_an_adapter_without_a_template_says_so(command, folder, 
     assert ["trained without a chat template" in text for text in texts] == [False, True]
 
 
+@pytest.mark.parametrize("record", ["- a\n- list\n", "{", "5", "\xff"])
+@pytest.mark.parametrize("command", ["merge", "export-lora", "generate", "evaluate"])
+def test_a_damaged_record_is_told_before_any_work(command, record, folder, tmp_path):
+    shutil.copytree(folder / "one", tmp_path / "one")
+    (tmp_path / "one/finetune.yaml").write_text(record, encoding="latin-1")
+    output = ("--output", tmp_path / "out")
+    more = {"generate": ("--prompt", "x"), "evaluate": ("--data", folder / "test.jsonl")}
+    text = invoke(command, tmp_path / "one", *more.get(command, output), code=1)
+    assert f"Error: {tmp_path}/one/finetune.yaml: expected a run's options as YAML" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_conversations_without_a_template_are_asked_alike_in_every_form(tmp_path, monkeypatch):
     """finetune gives a tokenizer without a template a plain one, which is not the base's."""
     make_model().save_pretrained(tmp_path / "base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -161,6 +162,22 @@ def test_a_gguf_becomes_an_ordinary_model(tmp_path):
     assert model.config._name_or_path == str(path)
     adapted = get_peft_model(model, RasaConfig(r=4, task_type="CAUSAL_LM"))
     assert adapted.peft_config["default"].base_model_name_or_path == str(path)
+
+
+def test_a_damaged_gguf_is_refused_in_a_sentence(tmp_path):
+    path, random = tmp_path / "tiny.gguf", Random(1)
+    save_gguf(make_model(), make_tokenizer(), path)
+    whole, refused = path.read_bytes(), 0
+    for i in range(60):
+        damaged = bytearray(whole[: random.randrange(len(whole) // 2)] if i % 4 == 0 else whole)
+        for _ in range(random.choice([1, 8])):
+            damaged[random.randrange(min(3000, len(damaged)))] = random.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_model(str(path))
+        except ModelError as error:
+            refused += str(error).startswith(f"model: {path} ")
+    assert refused > 40
 
 
 def test_greedy_answers_do_not_depend_on_batching():
