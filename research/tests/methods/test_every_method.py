@@ -7,8 +7,8 @@ import pytest
 import rasa_research.methods
 from research.tests.methods import cases  # whole: the star brings other CASES, methods
 from tests.checkpoint.test_card import test_every_method_s_ranks  # noqa: F401 - run here as well
+from tests.helpers.methods import case, rasa_linears
 from tests.methods.test_every_method import *  # noqa: F403 - all of them
-from tests.methods.test_every_method import case, rasa_linears
 
 
 @pytest.fixture(params=cases.CASES, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
