@@ -163,7 +163,7 @@ def factors_by_group(
         groups = make_plan(model, config, found=found).groups
     try:
         return [(group, _factors(tensors, config, group)) for group in groups]
-    except (KeyError, RuntimeError) as error:
+    except (LookupError, RuntimeError) as error:
         raise ValueError(
             f"model: expected the base that {directory} was trained on, and all of the adapter's "
             f"tensors, but they do not fit together ({error})."
@@ -176,6 +176,8 @@ def _shapes(
     """Return the layers' shapes, from the A and B of each, in the model's order."""
     names = [key.removesuffix("A") for key in tensors if key.endswith(".rasa_A")]
     names = [name for name in sorted(names, key=_in_model_order) if f"{name}B" in tensors]
+    if any(tensors[f"{name}{side}"].dim() < 2 for name in names for side in "AB"):
+        raise ValueError(f"{directory}: expected rasa_A and rasa_B of two or three dimensions.")
     if not names and method == OFFICIAL:
         raise ValueError(
             f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no rasa_A "
@@ -237,11 +239,14 @@ def _factors(
 ) -> dict[str, Factors]:
     """Return a group's factors by layer name; the pool is stored under one of the layers."""
     pools = (_under(tensors, pool_key(member, "")) for member in group.names)
-    pool = next(filter(None, pools), {})
-    return {
-        spec.name: config.factors(_under(tensors, own_key(spec.name, "")), pool, spec)
-        for spec in group.specs(torch.device("cpu"))
-    }
+    pool, found, planned = next(filter(None, pools), {}), {}, group.planned(config)
+    for spec in group.specs(torch.device("cpu")):
+        own, meant = _under(tensors, own_key(spec.name, "")), planned[spec.name]
+        for given, expected in ((own, meant.own), (pool, meant.pool)):
+            if any(n not in given or given[n].shape != t.shape for n, t in expected.items()):
+                raise LookupError(f"those of {spec.name!r} have other names or shapes")
+        found[spec.name] = config.factors(own, pool, spec)
+    return found
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

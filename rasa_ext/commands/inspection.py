@@ -83,13 +83,13 @@ def read_groups(
     """
     from rasa_ext.checkpoint.files import PREFIX
 
-    names = {}
+    keys: dict[str, list[str]] = {}
     for key in tensors:
-        if found := re.fullmatch(r"(.+)\.(?:rasa_(\w+)|lora_([AB])\.weight)", key):
-            names[key] = found[1].removeprefix(PREFIX)
+        if found := re.fullmatch(r"(.+)\.(?:rasa_\w+|lora_[AB]\.weight)", key):
+            keys.setdefault(found[1].removeprefix(PREFIX), []).append(key)
     groups, grouped = [], set()
     for group, factors in _factors(config, tensors, directory, model):
-        parts = [key for key in tensors if names.get(key) in factors]
+        parts = [key for name in factors for key in keys.get(name, ())]
         grouped.update(parts)
         pairs = [(f.A, f.A_pool) for f in factors.values()]
         ranks = tuple((A.shape[-2], 0 if P is None else P.shape[-2]) for A, P in pairs)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.text import Text
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -96,6 +97,24 @@ def test_a_pipe_gets_names_and_paths_whole(tmp_path):
     assert f"{LONG}.*" in done.stdout
     assert "\u2026" not in done.stdout
     assert len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda t: t[:-1].clone(), lambda t: t[None], lambda t: t.flatten()[0].clone(), lambda t: None],
+    ids=["cut", "nested", "scalar", "missing"],
+)
+@pytest.mark.parametrize("field", ["A", "B", "d", "pool_A"])
+def test_tensors_that_do_not_fit_are_told(field, damage, tmp_path):
+    rasa_ext.save_adapter(patched(make_model(), 4, 1), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith(f"down_proj.rasa_{field}"))
+    tensors[key] = damage(tensors[key])
+    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+    assert "No groups: " in invoke("inspect", tmp_path) or damage(torch.ones(1)) is None
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--spectrum"])
+    assert result.exit_code == 0 or "Error: " in result.output
 
 
 def test_a_config_steers_no_terminal(tmp_path):
