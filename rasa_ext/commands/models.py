@@ -365,11 +365,14 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             patches.enter_context(patch)
             # transformers prints a progress bar here that no setting turns off.
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        # A damaged .gguf raises errors of any kind in its reader.
-        kinds = Exception if "gguf_file" in where else (OSError, ValueError, SafetensorError)
         try:
             yield where
-        except kinds as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(_cannot_load(name, error)) from error
+        except Exception as error:
+            if "gguf_file" not in where:
+                raise
+            # A damaged .gguf raises errors of any kind in its reader.
             raise ModelError(_cannot_load(name, error)) from error
 
 
