@@ -152,7 +152,29 @@ def factors_by_group(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,
 ) -> list[tuple[Group, dict[str, Factors]]]:
-    """Return an adapter's groups with the factors of each layer; see ``analyze_adapter``."""
+    """Return an adapter's groups with the factors of each layer, by the method's formula.
+
+    Args:
+        settings: the content of ``adapter_config.json``.
+        tensors: the weights, as ``rasa_ext.checkpoint.read_adapter`` returns both.
+        directory: where they are from, for errors.
+        model: the base, as in ``analyze_adapter``.
+
+    Returns:
+        Groups, and ``rasa_ext.methods.Factors`` by name of the layer.
+
+    Raises:
+        ValueError: as ``analyze_adapter``.
+
+    Example:
+        >>> from rasa_ext.analysis import factors_by_group
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> rasa_ext.save_adapter(model, "adapter")
+        >>> settings, tensors = rasa_ext.checkpoint.read_adapter("adapter")
+        >>> ((group, factors),) = factors_by_group(settings, tensors, "adapter")
+        >>> {each.rank for each in factors.values()}
+        {9}
+    """
     config = read_method(settings)
     if model is None:
         shapes = _shapes(tensors, config.method, directory)
