@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -167,6 +167,27 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
     return model
 
 
+def misread(modules: Iterable[nn.Module]) -> str | None:
+    """Return why a model does not hold the numbers of a quantized checkpoint, or None if it does.
+
+    transformers leaves ``config.quantization_config`` a dictionary if it does not know the method.
+    It then loads stored integers or FP8 numbers as they are, and drops the scales.
+    """
+    modules = list(modules)
+    configs = (getattr(module, "config", None) for module in modules)
+    given = (getattr(config, "quantization_config", None) for config in configs)
+    unknown = next((each for each in given if isinstance(each, dict)), None)
+    quantized = any("hf_quantizer" in vars(each) or format_of(each) for each in modules)
+    if unknown is None or quantized:
+        return None
+    return (
+        f"config.quantization_config has quant_method {unknown.get('quant_method')!r}, which "
+        "transformers did not read: it dropped the scales, so the weights are wrong; load a "
+        "checkpoint that docs/quantized.md lists. If the weights were dequantized before loading, "
+        "delete config.quantization_config."
+    )
+
+
 def check_gradients(modules: Mapping[str, nn.Module]) -> None:
     """Raise ValueError if a layer of the model, adapted or not, would block the gradient.
 
@@ -175,6 +196,8 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
     no gradient, and a Linear4bit that has rearranged the weight (see ``quantizer_changes``): the
     library's inverse rounds the scales, so that it does not restore the weight exactly.
     """
+    if (reason := misread(modules.values())) is not None:
+        raise ValueError(f"model: {reason}")
     tried: dict[Any, bool] = {}
     for name, module in modules.items():
         fmt, kind = format_of(module), type(module).__name__

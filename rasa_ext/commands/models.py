@@ -22,6 +22,7 @@ from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rasa_ext.base_layers.quantized import misread
 from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.commands.parsing import DTYPES
 from rasa_ext.commands.paths import SMOLLM2, ModelError, check_adapter, check_model, is_adapter
@@ -91,6 +92,8 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
             f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); is it a complete causal language model?"
         )
+    if reason := misread(model.modules()):
+        raise ModelError(f"model: {name!r}: {reason}")
     model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
     return model.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +16,9 @@ from transformers import (
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.commands.models import load_model
+from rasa_ext.commands.paths import ModelError
+from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapted_layers, patched
 from tests.helpers.quantized import TOKENS, make_model
 
@@ -79,3 +83,21 @@ def test_unpatching_leaves_a_quantized_model(model):
     assert model.is_quantized
     with pytest.raises(ValueError, match="not supported for quantized"):
         model.half()
+
+
+def test_a_method_that_transformers_does_not_know(tmp_path):
+    """The model has numbers without scales: both front ends and the commands name the method."""
+    saved = make_model()
+    saved.config.quantization_config = {"quant_method": "unheard_of"}
+    saved.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    said = "config.quantization_config has quant_method 'unheard_of'"
+    with pytest.raises(ValueError, match=f"model: {said}"):
+        rasa_ext.patch_model(model, 4, 1)
+    with pytest.raises(ValueError, match=f"model: {said}"):
+        get_peft_model(model, RasaConfig(r=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ModelError, match=said):
+        load_model(str(tmp_path))
+    assert not any(parameter.requires_grad is False for parameter in model.parameters())
+    del model.config.quantization_config
+    assert len(adapted_layers(rasa_ext.patch_model(model, 4, 1))) == 14
