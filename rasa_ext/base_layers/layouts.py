@@ -43,8 +43,11 @@ them for a kernel, some in place and in the same shape."""
 MXFP4_EXPERTS = "Mxfp4GptOssExperts"
 """transformers' class for gpt-oss's experts in MXFP4, whose weights are tensors of Triton's."""
 
-_CHANGED = ("planar", "online_full_had", "online_partial_had")
-"""Flags of gptqmodel's layers under which a layer computes something else."""
+_CHANGED = ("planar", "online_full_had", "online_partial_had", "adapter")
+"""Attributes of gptqmodel's layers under which a layer computes something else."""
+
+_AUTO_ROUND = "auto_round_extension.torch."
+"""Modules of AutoRound's layers in GPTQ's layout. All these classes have the same name."""
 
 
 class Format:
@@ -140,14 +143,22 @@ class Gptq(Layout):
     def tile(self, base: Any, start: int, stop: int) -> Tile:
         """See ``Layout``."""
         bits, rows = base.bits, slice(start, stop)
-        codes = unpack(base.qweight[:, rows].t(), bits)[:, : base.in_features]
+        codes = unpack(base.qweight[:, rows].t(), bits)[:, : linear_shape(base)[1]]
         words = base.qzeros[:, start * bits // 32 : -(-stop * bits // 32)]
         zero = unpack(words, bits)[:, : stop - start].t()
-        # The first version of the format stores zero points less one.
-        form = getattr(base, "qzero_format", None)
-        if form is None or form() == 1:
+        if self.less_one(base):
             zero = (zero + 1) & ((1 << bits) - 1)
-        return Tile(codes, base.scales[:, rows].t(), zero, base.g_idx.long())
+        order = getattr(base, "g_idx", None)
+        group = base.group_size if order is None else order.long()
+        return Tile(codes, base.scales[:, rows].t(), zero, group)
+
+    def less_one(self, base: Any) -> bool:
+        """Return whether zero points are stored less one, as the format's first version has it."""
+        if (source := type(base).__module__).startswith(_AUTO_ROUND):
+            return source.endswith("_zp")
+        # These classes of gptqmodel compute with the second version, whatever a file has.
+        second: bool = getattr(base, "REQUIRES_FORMAT_V2", False)
+        return not second and getattr(base, "qzero_format", lambda: 1)() == 1
 
 
 class Awq(Layout):
@@ -190,7 +201,8 @@ def layout_of(module: nn.Module) -> Layout | None:
                 return OneByte(f"{by}, 8 bits")
     elif not any(getattr(module, flag, None) for flag in _CHANGED):
         bits = getattr(module, "bits", getattr(module, "w_bit", None))
-        if kind in _GPTQ and bits in (2, 4, 8):
+        known = kind in _GPTQ or type(module).__module__.startswith(_AUTO_ROUND)
+        if known and "qzeros" in own and bits in (2, 4, 8):
             return Gptq(f"GPTQ ({kind}), {bits} bits")
         if kind in _AWQ and bits == 4:
             return Awq(f"AWQ ({kind}), 4 bits")
@@ -310,7 +322,8 @@ def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
         found = found / whole.float()
     zero = own.get("weight_zero_point")
     zero = None if zero is None or zero.dtype == torch.int32 else rows(zero)
-    return Tile(codes, found, zero, each[1])
+    order = own.get("weight_g_idx")
+    return Tile(codes, found, zero, each[1] if order is None else order.long())
 
 
 def _spread(grid: Tensor, group: Tensor | int, width: int) -> Tensor:

@@ -39,6 +39,11 @@ _MARKS = (
     "is_loaded_in_8bit",
     "_weight_conversions",
 )
+_INSTEAD = "load the model dequantized, or in a layout that docs/quantized.md lists"
+_KERNELS = (
+    ": for GPTQ pass quantization_config=GPTQConfig(bits=4, backend='gptq_torch') to "
+    "from_pretrained, for AWQ AwqConfig(backend='torch_awq')"
+)
 _BNB_REPACK_FLAG = "support_avx512bf16_for_cpu"
 
 
@@ -221,8 +226,8 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
         if fmt is None and (dtype := _unknown_dtype(module)) is not None:
             raise ValueError(
                 f"model: {name!r} is a {kind} with a weight of {dtype} in an unknown layout, so "
-                "layers below might get no gradient; load the model dequantized, or in a layout "
-                "that docs/quantized.md lists."
+                f"layers below might get no gradient; {_INSTEAD}"
+                f"{_KERNELS if hasattr(module, 'qweight') else ''}."
             )
         if _blocks_experts(module):
             raise ValueError(
@@ -254,14 +259,17 @@ def _unknown_dtype(module: nn.Module) -> torch.dtype | None:
         weight = stored_weight(module)
         packed = hasattr(module, "quantization_scheme") and _is_packed(weight)
         return weight.dtype if packed else None
+    matrices = [t for t in (*module.parameters(False), *module.buffers(False)) if t.dim() > 1]
     sizes = (getattr(module, f"{way}_features", None) for way in ("in", "out"))
     width, out = (size if isinstance(size, int) else 0 for size in sizes)
-    if width * out == 0:
+    if width * out:
+        dense = any(t.numel() == width * out and not _is_packed(t) for t in matrices)
+        return None if dense else next((t.dtype for t in matrices if _is_packed(t)), None)
+    # Libraries call the sizes by other names, or not at all; int64 is of positions and tables.
+    largest = max(matrices, key=Tensor.numel, default=None)
+    if largest is None or any(module.children()) or largest.dim() > 2 or 1 in largest.shape:
         return None
-    matrices = [t for t in (*module.parameters(False), *module.buffers(False)) if t.dim() > 1]
-    if any(t.numel() == width * out and not _is_packed(t) for t in matrices):
-        return None
-    return next((t.dtype for t in matrices if _is_packed(t)), None)
+    return largest.dtype if _is_packed(largest) and largest.dtype != torch.int64 else None
 
 
 def _is_packed(tensor: Tensor) -> bool:

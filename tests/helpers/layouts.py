@@ -1,7 +1,7 @@
 """Models in packed layouts, each written by the layout's own library if it is installed.
 
-GPTQ and AWQ layers follow the formats' public descriptions, because gptqmodel, which writes both,
-needs a newer torch.
+GPTQ and AWQ layers are stand-ins with the names of gptqmodel 7.6's and AutoRound 0.16's, which
+take minutes to install. ``tests/quantized/data`` has what these libraries wrote.
 """
 
 from __future__ import annotations
@@ -120,16 +120,41 @@ def fine_grained(block: tuple[int, int] | None, scale_fmt: str = "float") -> Any
 class _Kernel(nn.Module):
     """A layer with the attributes of gptqmodel's, but without a kernel."""
 
+    sizes = "in_features", "out_features"
+
     def __init__(self, linear: nn.Linear, bits: int, **tensors: Tensor) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, size in zip(self.sizes, (linear.in_features, linear.out_features), strict=True):
+            setattr(self, name, size)
         self.bits = bits
         for name, tensor in (*tensors.items(), ("bias", linear.bias)):
             self.register_buffer(name, None if tensor is None else tensor.detach())
 
 
 class TorchLinear(_Kernel):
-    """A GPTQ layer."""
+    """gptqmodel's GPTQ layer, which computes with the format's second version."""
+
+    REQUIRES_FORMAT_V2 = True
+
+    def qzero_format(self) -> int:
+        return 1  # also for a file in the second version
+
+
+class TorchQuantLinear(_Kernel):
+    """An older GPTQ layer, whose zero points are stored less one."""
+
+
+class QuantLinear(_Kernel):
+    """AutoRound's layer of AutoGPTQ's export; zero points are stored less one."""
+
+    __module__ = "auto_round_extension.torch.qlinear_torch_zp"
+    sizes = "infeatures", "outfeatures"
+
+
+class PlainQuantLinear(QuantLinear):
+    """AutoRound's layer of its own export; zero points are stored as they are."""
+
+    __module__ = "auto_round_extension.torch.qlinear_torch"
 
 
 class AwqTorchLinear(_Kernel):
@@ -166,11 +191,14 @@ def fp8_experts(model: nn.Module, block: tuple[int, int] | None) -> nn.Module:
     return model
 
 
-def gptq(bits: int = 4, size: int = 16, act_order: bool = False) -> Any:
-    """Return a function that packs a model in GPTQ's first format.
+def gptq(
+    bits: int = 4, act_order: bool = False, kind: type[_Kernel] = TorchLinear, less: int = 0
+) -> Any:
+    """Return a function that packs a model in GPTQ's format, with words along the inputs.
 
-    Words run along the inputs, and zero points are stored minus one.
+    ``less`` is 1 for zero points that are stored less one.
     """
+    size = 16
 
     def layer(linear: nn.Linear) -> nn.Module:
         width = linear.in_features
@@ -178,14 +206,15 @@ def gptq(bits: int = 4, size: int = 16, act_order: bool = False) -> Any:
         if act_order:
             group = group[torch.randperm(width, generator=torch.Generator().manual_seed(0))]
         codes, scale, zero = _integers(linear.weight.detach(), group, bits)
-        made = TorchLinear(
+        made = kind(
             linear,
             bits,
             qweight=_packed(codes.t(), bits, 0),
-            qzeros=_packed((zero.t() - 1) % (1 << bits), bits, 1),
+            qzeros=_packed((zero.t() - less) % (1 << bits), bits, 1),
             scales=scale.t().contiguous(),
-            g_idx=group.int(),
+            **({} if issubclass(kind, QuantLinear) else {"g_idx": group.int()}),
         )
+        made.group_size, made.adapter = size, None
         made.numbers = (codes - zero[:, group]).double() * scale[:, group].double()
         return made
 
@@ -262,7 +291,8 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FP8Linear block ue8m0": fine_grained((16, 32), "ue8m0"),
     "fp8 kernel": row_wise,
     "gptq": gptq(),
-    "gptq int8": gptq(8),
+    "gptq int8": gptq(8, kind=TorchQuantLinear, less=1),
+    "auto-round": gptq(kind=QuantLinear, less=1),
     "gptq act-order": gptq(act_order=True),
     "awq": awq(),
 }
@@ -312,6 +342,15 @@ def numbers(layer: Any) -> Tensor:
         own["weight_scale"] = own["weight_scale"].double()
     library = BaseCompressor.get_value_from_registry(scheme.format.value)
     return library.decompress(own, scheme)["weight"].double()
+
+
+def shuffled(layer: Any, seed: int = 1) -> Any:
+    """Give a packed layer of compressed-tensors groups of columns in another order: act-order."""
+    width, groups = layer.in_features, layer.weight_scale.shape[1]
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    group = (torch.arange(width) // (width // groups))[order].int()
+    layer.weight_g_idx = nn.Parameter(group, requires_grad=False)
+    return layer
 
 
 def dense(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -36,14 +36,17 @@ from tests.helpers.adapters import (
 from tests.helpers.layouts import (
     COMPRESSED,
     LAYOUTS,
+    PlainQuantLinear,
     compressed,
     dense,
     excesses_over_experts,
     fp8_experts,
     from_folder,
+    gptq,
     numbers,
     packed_layers,
     packed_model,
+    shuffled,
 )
 from tests.helpers.memory import LiveBytes
 from tests.helpers.peft import plain, trained
@@ -78,6 +81,22 @@ def test_numbers(form):
     for _, _, layer in packed_layers(packed_model(form)):
         found = format_of(layer).dequantize(layer)
         torch.testing.assert_close(found.double(), numbers(layer), rtol=2e-7, atol=0)
+
+
+def test_zero_points_as_they_are():
+    """AutoRound's own export stores them so."""
+    layer = gptq(kind=PlainQuantLinear)(nn.Sequential(nn.Linear(64, 160)))[0]
+    found = format_of(layer).dequantize(layer)
+    torch.testing.assert_close(found.double(), numbers(layer), rtol=2e-7, atol=0)
+
+
+def test_order_of_groups():
+    """compressed-tensors up to 0.18 loads act-order's groups of columns as ``weight_g_idx``."""
+    layer = compressed("W4A16", group_size=16)(nn.Sequential(nn.Linear(64, 160)))[0]
+    codes = layouts.unpack(layer.weight_packed, 4).double() - 8
+    scale = shuffled(layer).weight_scale.double()[:, layer.weight_g_idx.long()]
+    found = format_of(layer).dequantize(layer)
+    torch.testing.assert_close(found.double(), (codes * scale).detach(), rtol=2e-7, atol=0)
 
 
 def through_peft(base: nn.Module) -> nn.Module:
@@ -267,6 +286,27 @@ def other_kernel() -> nn.Module:
     return layer
 
 
+def old_names() -> nn.Module:
+    """Return a layer of AutoGPTQ, whose forward detaches."""
+    layer = LAYOUTS["auto-round"](nn.Sequential(nn.Linear(64, 160)))[0]
+    layer.__class__ = type("QuantLinear", (type(layer),), {"__module__": "auto_gptq"})
+    return layer
+
+
+def other_names() -> nn.Module:
+    """Return a layer of no known library, whose names tell nothing."""
+    layer = nn.Module()
+    layer.words = nn.Parameter(torch.ones(8, 160, dtype=torch.int32), requires_grad=False)
+    return layer
+
+
+def corrected() -> nn.Module:
+    """Return a layer with gptqmodel's EoRA, which adds a low-rank product."""
+    layer = LAYOUTS["gptq"](nn.Sequential(nn.Linear(64, 160)))[0]
+    layer.adapter = nn.Identity()
+    return layer
+
+
 def packed_embedding() -> nn.Module:
     return compressed("W4A16", group_size=16)(nn.Sequential(nn.Embedding(8, 64)), "Embedding")[0]
 
@@ -310,7 +350,10 @@ REFUSED = {
     "3 bits": (lambda: compressed("W3A16", group_size=32)(nn.Sequential(nn.Linear(64, 160)))[0],
                r"'0' is a Linear with a weight of torch.int32 in an unknown layout"),
     "embedding": (packed_embedding, r"'0' is a Embedding with a weight of torch.int32"),
-    "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
+    "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32 .*torch_awq"),
+    "old names": (old_names, r"'0' is a QuantLinear with a weight of torch.int32"),
+    "other names": (other_names, r"'0' is a Module with a weight of torch.int32"),
+    "corrected": (corrected, r"'0' is a TorchLinear with a weight of torch.int32"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
     "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient to its input"),
     "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its input"),
