@@ -43,7 +43,7 @@ them for a kernel, some in place and in the same shape."""
 MXFP4_EXPERTS = "Mxfp4GptOssExperts"
 """transformers' class for gpt-oss's experts in MXFP4, whose weights are tensors of Triton's."""
 
-_CHANGED = ("planar", "online_full_had", "online_partial_had", "adapter")
+CHANGED = ("planar", "online_full_had", "online_partial_had", "adapter")
 """Attributes of gptqmodel's layers under which a layer computes something else."""
 
 _AUTO_ROUND = "auto_round_extension.torch."
@@ -199,7 +199,7 @@ def layout_of(module: nn.Module) -> Layout | None:
                 return OneByte(f"{by}, fp8 e4m3")
             if weight.dtype == torch.int8 and scheme is not None:
                 return OneByte(f"{by}, 8 bits")
-    elif not any(getattr(module, flag, None) for flag in _CHANGED):
+    elif not any(getattr(module, flag, None) for flag in CHANGED):
         bits = getattr(module, "bits", getattr(module, "w_bit", None))
         known = kind in _GPTQ or type(module).__module__.startswith(_AUTO_ROUND)
         if known and "qzeros" in own and bits in (2, 4, 8):

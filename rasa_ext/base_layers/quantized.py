@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import has_packed_experts, is_experts
 from rasa_ext.base_layers.layouts import (
+    CHANGED,
     MXFP4_EXPERTS,
     Format,
     Layout,
@@ -224,10 +225,12 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
                 "on a device, since a backward reads them again; load the model without offloading."
             )
         if fmt is None and (dtype := _unknown_dtype(module)) is not None:
+            changed = next((key for key in CHANGED if getattr(module, key, None)), None)
+            how = "in an unknown layout, so layers below might get no gradient"
+            how = f"and {changed!r}, which would be left out" if changed else how
             raise ValueError(
-                f"model: {name!r} is a {kind} with a weight of {dtype} in an unknown layout, so "
-                f"layers below might get no gradient; {_INSTEAD}"
-                f"{_KERNELS if hasattr(module, 'qweight') else ''}."
+                f"model: {name!r} is a {kind} with a weight of {dtype} {how}; {_INSTEAD}"
+                f"{_KERNELS if hasattr(module, 'qweight') and not changed else ''}."
             )
         if _blocks_experts(module):
             raise ValueError(

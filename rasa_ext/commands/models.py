@@ -77,13 +77,12 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     settings = _bitsandbytes(quantization, dtype, resolve(name)) if quantization else None
-    with _reading(name) as where:
-        if settings is not None:
-            where["quantization_config"] = settings
+    with _reading(name) as where, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # as intended
         if "gguf_file" in where:
             dtype = "float32" if dtype == "auto" else dtype
-            if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
-                where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if (settings := settings or _trainable(where)) is not None:
+            where["quantization_config"] = settings  # None would replace that of the checkpoint
         model, report = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, output_loading_info=True
         )
@@ -107,6 +106,37 @@ def _bitsandbytes(quantization: str, dtype: str, name: str) -> Any:
     return transformers.BitsAndBytesConfig(
         **{quantization: True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed
     )
+
+
+def _trainable(where: dict[str, Any]) -> Any:
+    """Return the settings that load a quantized checkpoint so that it can be trained, or None.
+
+    transformers' own choice for GPTQ and AWQ are kernels without a backward. Newer releases may
+    keep the weights of a .gguf packed. Packed zero points cannot be loaded but dequantized.
+    """
+    if "gguf_file" in where:
+        gguf = getattr(transformers, "GgufConfig", None)
+        return gguf and gguf(dequantize=True)
+    stored = getattr(AutoConfig.from_pretrained(**where), "quantization_config", None) or {}
+    if stored.get("transform_config"):
+        raise ValueError(
+            "it is rotated (transform_config), as by QuIP or SpinQuant, but transformers skips the "
+            "rotations, so that the numbers are wrong"
+        )
+    groups = (stored.get("config_groups") or {}).values()
+    match stored.get("quant_method"):
+        case "gptq":
+            return transformers.GPTQConfig(bits=4, backend="gptq_torch")
+        case "awq":
+            return transformers.AwqConfig(backend="torch_awq")
+        case "compressed-tensors" if any(_has_zero_points(group) for group in groups):
+            return transformers.CompressedTensorsConfig(dequantize=True)
+    return None
+
+
+def _has_zero_points(group: Any) -> bool:
+    weights = group.get("weights") or {}
+    return weights.get("type") == "int" and not weights.get("symmetric", True)
 
 
 def load_skeleton(name: str) -> Any:
@@ -370,7 +400,7 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             yield where
-        except (OSError, ValueError, SafetensorError) as error:
+        except (ImportError, OSError, ValueError, SafetensorError) as error:
             raise ModelError(_cannot_load(name, error)) from error
         except Exception as error:
             if "gguf_file" not in where:

@@ -353,7 +353,7 @@ REFUSED = {
     "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32 .*torch_awq"),
     "old names": (old_names, r"'0' is a QuantLinear with a weight of torch.int32"),
     "other names": (other_names, r"'0' is a Module with a weight of torch.int32"),
-    "corrected": (corrected, r"'0' is a TorchLinear with a weight of torch.int32"),
+    "corrected": (corrected, r"'0' is a TorchLinear with a weight of torch.int32 and 'adapter'"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
     "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient to its input"),
     "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its input"),

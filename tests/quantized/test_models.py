@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from compressed_tensors.compressors import ModelCompressor
 from peft import get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
@@ -20,7 +23,8 @@ from rasa_ext.commands.models import load_model
 from rasa_ext.commands.paths import ModelError
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapted_layers, patched
-from tests.helpers.quantized import TOKENS, make_model
+from tests.helpers.layouts import dense, packed_model
+from tests.helpers.quantized import TOKENS, logits, make_model, off
 
 CONFIGS = {
     "nf4": lambda: BitsAndBytesConfig(
@@ -101,3 +105,39 @@ def test_a_method_that_transformers_does_not_know(tmp_path):
     assert not any(parameter.requires_grad is False for parameter in model.parameters())
     del model.config.quantization_config
     assert len(adapted_layers(rasa_ext.patch_model(model, 4, 1))) == 14
+
+
+def write_quantization(folder, settings) -> None:
+    """Write settings into a folder's config.json, over those of the same names."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = config.get("quantization_config", {}) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_commands_load_packed_zero_points_and_refuse_rotations(tmp_path):
+    """transformers cannot load the first but dequantized, and it skips the second."""
+    model = packed_model("packed int4 zero")
+    model.save_pretrained(tmp_path)
+    ModelCompressor.from_pretrained_model(model).update_config(tmp_path)
+    found = load_model(str(tmp_path), "float32")
+    assert off(logits(found), logits(dense(model))) < 1e-6
+    rotations = {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}
+    write_quantization(tmp_path, {"transform_config": rotations})
+    with pytest.raises(ModelError, match=r"rotated \(transform_config\)"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "backend"), [("gptq", "gptq_torch"), ("awq", "torch_awq"), ("fp8", None)]
+)
+def test_commands_ask_for_layers_with_a_backward(method, backend, tmp_path, monkeypatch):
+    """transformers chooses other kernels for GPTQ and AWQ."""
+    make_model().save_pretrained(tmp_path)
+    write_quantization(tmp_path, {"quant_method": method, "bits": 4})
+
+    def load(quantization_config=None, **_):
+        raise ImportError(f"asked for {getattr(quantization_config, 'backend', None)}")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(ModelError, match=f"asked for {backend}"):
+        load_model(str(tmp_path))
