@@ -1,9 +1,9 @@
-"""Quantized bases: bitsandbytes' 4 and 8 bit layers, torchao's tensors, and packed layouts.
+"""Quantized bases: bitsandbytes' 4 and 8 bit layers, tensor classes, and packed layouts.
 
 They are not plain GEMMs: the base runs first, and the adapter adds to the output. Layers of
-bitsandbytes and torchao run with the library's kernels, packed layouts with ``layouts``. This
-module serves patching and merging: it detects quantized layers, refuses those whose forward gives
-no gradient, and dequantizes weights.
+bitsandbytes, torchao and quanto run with the library's kernels, packed layouts with ``layouts``.
+This module serves patching and merging: it detects quantized layers, refuses those whose forward
+gives no gradient, and dequantizes weights.
 
 No library is imported here: if a model has such a layer, the library is imported already.
 """
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rasa_ext.base_layers.experts import has_packed_experts, is_experts
 from rasa_ext.base_layers.layouts import (
@@ -40,6 +41,12 @@ _MARKS = (
     "is_loaded_in_8bit",
     "_weight_conversions",
 )
+_TENSORS = (
+    ("torchao", "torchao.utils", "TorchAOBaseTensor"),
+    ("quanto", "optimum.quanto", "QTensor"),
+)
+"""Libraries with quantized tensors: the name, the module, and the base class of the tensors."""
+
 _INSTEAD = "load the model dequantized, or in a layout that docs/quantized.md lists"
 _KERNELS = (
     ": for GPTQ pass quantization_config=GPTQConfig(bits=4, backend='gptq_torch') to "
@@ -101,8 +108,8 @@ def _raise_unquantized(name: str, fmt: str) -> NoReturn:
     )
 
 
-class TorchaoTensor(Format):
-    """nn.Linear with a weight of one of torchao's tensor classes."""
+class QuantizedTensor(Format):
+    """nn.Linear with a weight of one of torchao's or quanto's tensor classes."""
 
     def dequantize(self, base: LinearLayer) -> Tensor:
         """Call the tensor's ``dequantize``, or read W from a product with an identity matrix."""
@@ -125,9 +132,10 @@ def format_of(module: nn.Module) -> Format | None:
         return BnbLinear4bit(f"bitsandbytes {getattr(module.weight, 'quant_type', '4 bit')}")
     if isinstance(module, getattr(library, "Linear8bitLt", ())):
         return BnbLinear8bit("bitsandbytes int8")
-    kinds = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
-    if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), kinds):
-        return TorchaoTensor(f"torchao {type(module.weight).__name__}")
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    for by, source, kind in _TENSORS:
+        if isinstance(weight, getattr(sys.modules.get(source), kind, ())):
+            return QuantizedTensor(f"{by} {type(weight).__name__}")
     return layout_of(module)
 
 
@@ -138,12 +146,10 @@ def _bitsandbytes() -> Any:
 
 def stored_bytes(base: LinearLayer) -> int:
     """Return the bytes of a layer's quantized weight, with scales and whatever else it needs."""
-    weight = stored_weight(base)
-    names = getattr(type(weight), "tensor_data_names", None)
-    if names is not None:
-        optional = getattr(type(weight), "optional_tensor_data_names", ())
-        parts = [getattr(weight, name, None) for name in (*names, *optional)]
-    elif isinstance(format_of(base), Layout):
+    weight, fmt = stored_weight(base), format_of(base)
+    if isinstance(fmt, QuantizedTensor):
+        return _inner_bytes(weight)
+    if isinstance(fmt, Layout):
         own = {**base._parameters, **base._buffers}
         parts = [tensor for name, tensor in own.items() if name != "bias"]
     else:
@@ -152,6 +158,13 @@ def stored_bytes(base: LinearLayer) -> int:
         parts = [weight.data, getattr(weight, "SCB", None)]
         parts += [getattr(each, "absmax", None) for each in (state, nested)]
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
+def _inner_bytes(tensor: Any) -> int:
+    """Return the bytes of the plain tensors in a tensor of a class of its own."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_inner_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def forget_quantizer(model: nn.Module) -> nn.Module:
@@ -238,7 +251,7 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
                 "input, so layers below would not be trained; load the model dequantized, for "
                 "example with Mxfp4Config(dequantize=True)."
             )
-        if isinstance(module, nn.Linear) and (fmt is None or isinstance(fmt, TorchaoTensor)):
+        if isinstance(module, nn.Linear) and (fmt is None or isinstance(fmt, QuantizedTensor)):
             key: Any = module
             if "forward" not in module.__dict__:
                 weight: Any = module._parameters.get("weight")
@@ -262,7 +275,8 @@ def _unknown_dtype(module: nn.Module) -> torch.dtype | None:
         weight = stored_weight(module)
         packed = hasattr(module, "quantization_scheme") and _is_packed(weight)
         return weight.dtype if packed else None
-    matrices = [t for t in (*module.parameters(False), *module.buffers(False)) if t.dim() > 1]
+    own = (t for t in (*module.parameters(False), *module.buffers(False)) if not is_lazy(t))
+    matrices = [t for t in own if t.dim() > 1]
     sizes = (getattr(module, f"{way}_features", None) for way in ("in", "out"))
     width, out = (size if isinstance(size, int) else 0 for size in sizes)
     if width * out:

@@ -224,7 +224,7 @@ def _load(options: FinetuneOptions) -> Any:
                 "dtype: float16 is trained with a scaled loss, which needs a GPU; on a CPU use "
                 "float32 or bfloat16."
             )
-        model = model.float()
+        model = torch.nn.Module.float(model)  # transformers' own refuses quantized models
     return model
 
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
+from peft import get_peft_model
 from torch import nn
+from torchao.quantization import quantize_
+from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
 import rasa_ext
-from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.base_layers.quantized import format_of, stored_bytes
+from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
 from tests.helpers.quantized import (
@@ -206,3 +217,67 @@ def test_a_dtype_for_nothing():
     with pytest.raises(ValueError, match=r"dtype: .* no adapted layer is"):
         rasa_ext.merge_and_unload(model, torch.float32)
     assert adapted_layers(model)
+
+
+def trained_aware(model: nn.Module) -> nn.Module:
+    """Round weights to 8 bits in each forward, as torchao does for quantization-aware training."""
+    config = IntxFakeQuantizeConfig(torch.int8, "per_channel")
+    quantize_(model, QATConfig(weight_config=config, step="prepare"))
+    return model
+
+
+def before_compression(model: nn.Module) -> nn.Module:
+    """Round weights to 8 bits in each forward, as llmcompressor's models do before saving."""
+    scheme = preset_name_to_scheme("W8A16", ["Linear"])
+    scheme.weights.group_size = 16
+    apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}))
+    for layer in model:
+        layer.weight_scale.data = layer.weight.unflatten(1, (-1, 16)).abs().amax(-1) / 127
+        layer.weight.data = layer.forward(torch.eye(layer.in_features)).t() - layer.bias[:, None]
+    return model
+
+
+class Exact(nn.Linear):
+    """A layer with a forward of its own, which computes x W^T + bias."""
+
+    def forward(self, x):
+        return x @ self.weight.t() + self.bias
+
+
+def exact(model: nn.Module) -> nn.Module:
+    for layer in model:
+        layer.__class__ = Exact
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("entrance", ["core", "peft"])
+@pytest.mark.parametrize("rounding", [trained_aware, before_compression, exact])
+def test_layers_that_round_a_weight_in_each_forward(rounding, entrance, dtype):
+    """They can be trained over; a merge, which would be rounded, is refused. Others are merged."""
+    model = rounding(linears()).to(dtype).requires_grad_(False)
+    if entrance == "core":
+        model, merge = patched(model), rasa_ext.merge
+    else:
+        model = get_peft_model(model, RasaConfig(r=4, target_modules="all-linear"))
+        merge = type(model.base_model).merge_adapter
+    assert len(adapted_layers(getattr(model, "base_model", model))) == 6
+    before = held(model)
+    if rounding is exact:
+        merge(getattr(model, "base_model", model))
+        return
+    with pytest.raises(
+        ValueError, match=r"model: .*0' \(.*Linear\) does not compute with the weight"
+    ):
+        merge(getattr(model, "base_model", model))
+    assert all(same_bits(a, b) for a, b in zip(held(model), before, strict=True))
+
+
+def test_quanto_s_tensors(monkeypatch):
+    """Its tensors are known by their base class, here torchao's."""
+    base = quantized(linears(), "torchao int8")
+    kind = sys.modules["torchao.utils"].TorchAOBaseTensor
+    monkeypatch.setitem(sys.modules, "torchao.utils", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "optimum.quanto", SimpleNamespace(QTensor=kind))
+    assert stored_bytes(base[0]) == WIDTH * 128 + 128 * 5  # a zero point of one byte
+    assert merged(rasa_ext.merge, patched(base))[3] == "quanto Int8Tensor"

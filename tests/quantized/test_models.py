@@ -19,7 +19,9 @@ from transformers import (
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.commands import training
 from rasa_ext.commands.models import load_model
+from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.paths import ModelError
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapted_layers, patched
@@ -141,3 +143,12 @@ def test_commands_ask_for_layers_with_a_backward(method, backend, tmp_path, monk
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(ModelError, match=f"asked for {backend}"):
         load_model(str(tmp_path))
+
+
+def test_a_half_precision_base_is_widened_on_a_cpu(tmp_path):
+    """finetune does so without a GPU, also with quantized layers."""
+    make_model().half().save_pretrained(tmp_path)
+    options = FinetuneOptions(model=str(tmp_path), data="rows.jsonl", load_in_8bit=True)
+    found = training._load(options)
+    assert found.dtype == torch.float32
+    assert format_of(found.model.layers[0].mlp.up_proj) is not None
