@@ -148,7 +148,9 @@ def test_commands_ask_for_layers_with_a_backward(method, backend, tmp_path, monk
 def test_a_half_precision_base_is_widened_on_a_cpu(tmp_path):
     """finetune does so without a GPU, also with quantized layers."""
     make_model().half().save_pretrained(tmp_path)
-    options = FinetuneOptions(model=str(tmp_path), data="rows.jsonl", load_in_8bit=True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    options = FinetuneOptions(model=str(tmp_path), data=str(rows), load_in_8bit=True)
     found = training._load(options)
     assert found.dtype == torch.float32
     assert format_of(found.model.layers[0].mlp.up_proj) is not None
