@@ -1,11 +1,11 @@
 """Packed bases: a training step by tiles, against dequantizing whole layers and a dense base.
 
-    python -m benchmarks.packed [--presets W4A16 FP8_DYNAMIC ...] [--layers 4] [--rounds 7]
+    python -m benchmarks.packed [--presets W4A16 GPTQ ...] [--layers 4] [--rounds 7] [--tokens 160]
 
-SmolLM2-135M's shapes with random weights in bfloat16, in schemes of compressed-tensors; batch 2 x
-160 tokens, forward and backward, r=8, k=1 over all linear layers. "whole" dequantizes each weight
-at once, in forward and backward; this takes the memory of a layer instead of a tile. Needs
-``pip install compressed-tensors``.
+SmolLM2-135M's shapes with random weights in bfloat16, in schemes of compressed-tensors and in
+GPTQ's layout; batch 2 x 160 tokens, forward and backward, r=8, k=1 over all linear layers. "whole"
+dequantizes each weight at once, in forward and backward; this takes the memory of a layer instead
+of a tile. Needs ``pip install compressed-tensors``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,24 @@ import rasa_ext
 from benchmarks import harness
 from rasa_ext.base_layers import layouts
 
-PRESETS = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A16", "W4A16", "MXFP4A16", "NVFP4A16")
+PRESETS = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A16", "W4A16", "MXFP4A16", "NVFP4A16", "GPTQ")
+
+
+class TorchLinear(nn.Module):
+    """A layer with the names of gptqmodel's, in 4 bits, and random words."""
+
+    bits, bias = 4, None
+
+    def __init__(self, out_features: int, in_features: int, group: int = 64) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        for name, shape in {
+            "qweight": (in_features // 8, out_features),
+            "qzeros": (in_features // group, out_features // 8),
+        }.items():
+            self.register_buffer(name, torch.randint(-(2**31), 2**31, shape, dtype=torch.int32))
+        self.register_buffer("scales", torch.full((in_features // group, out_features), 2**-10))
+        self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // group)
 
 
 def base_model(layers: int) -> nn.Module:
@@ -46,6 +63,11 @@ def base_model(layers: int) -> nn.Module:
 
 def packed(model: nn.Module, preset: str) -> nn.Module:
     """Quantize the model by a preset, with equal scales: the values do not change the time."""
+    if preset == "GPTQ":
+        for name, module in list(model.model.named_modules()):
+            if isinstance(module, nn.Linear):
+                model.model.set_submodule(name, TorchLinear(*module.weight.shape).bfloat16())
+        return model
     scheme = preset_name_to_scheme(preset, ["Linear"])
     if scheme.weights.group_size == 128:  # 576 is no multiple of 128
         scheme.weights.group_size = 64
@@ -66,11 +88,17 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=160)
     given = parser.parse_args()
     harness.pin_allocator()
-    print(f"{harness.machine()}; bfloat16, {given.layers} layers, ratios of seconds a step")
+    size = f"{given.layers} layers, 2 x {given.tokens} tokens"
+    print(f"{harness.machine()}; bfloat16, {size}, ratios of seconds a step")
     print("preset         tiles / whole  quartiles      tiles / dense  quartiles")
-    base, tokens, tile = base_model(given.layers), torch.randint(320, (2, 160)), layouts._TILE
+    base, tokens, tile = (
+        base_model(given.layers),
+        torch.randint(320, (2, given.tokens)),
+        layouts._TILE,
+    )
     dense = rasa_ext.patch_model(copy.deepcopy(base), 8, 1).train()
     for preset in given.presets:
         model = rasa_ext.patch_model(packed(copy.deepcopy(base), preset), 8, 1).train()
