@@ -137,11 +137,11 @@ class PackedIntegers(Layout):
 
 
 class PackedFloats(Layout):
-    """compressed-tensors' MXFP4 and NVFP4: two E2M1 numbers in a byte, the lower bits first."""
+    """MXFP4 and NVFP4: two E2M1 numbers in a byte, the lower bits first."""
 
     def tile(self, base: Any, start: int, stop: int) -> Tile:
         """See ``Layout``."""
-        return _scaled(base, e2m1(base.weight_packed[start:stop]), start, stop)
+        return _scaled(base, e2m1(stored_weight(base)[start:stop]), start, stop)
 
 
 class Gptq(Layout):
@@ -201,6 +201,8 @@ def layout_of(module: nn.Module) -> Layout | None:
             return PackedFloats(f"{by}, 4 bits")
     elif weight is not None and isinstance(module, nn.Linear) and kind != "FP8GroupedLinear":
         known = own.get("weight_scale") is not None or own.get("weight_scale_inv") is not None
+        if known and "weight_scale_2" in own and weight.dtype == torch.uint8:
+            return PackedFloats(f"{by}, nvfp4, 4 bits")
         if known and weight.shape == (module.out_features, module.in_features):
             if weight.dtype == torch.float8_e4m3fn:
                 return OneByte(f"{by}, fp8 e4m3")
@@ -317,7 +319,8 @@ def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
     scale = exponents(own["weight_scale_inv"] if scale is None else scale)
     if block is None and scale.numel() in (1, out):  # stored as (), (1,), (out, 1) or (1, out)
         scale = scale.reshape(-1, 1)
-    each = block or (1, getattr(weights, "group_size", None) or width)
+    size = getattr(weights, "group_size", None)
+    each = block or (1, size or -(-width // scale.shape[-1]))
 
     def rows(grid: Tensor) -> Tensor:
         """Return the rows of a grid whose rows are one, the weight's or those of blocks."""
@@ -330,6 +333,8 @@ def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
     found = rows(scale).float()
     if (whole := own.get("weight_global_scale")) is not None:
         found = found / whole.float()
+    if (whole := own.get("weight_scale_2")) is not None:  # ModelOpt's
+        found = found * whole.float()
     zero = own.get("weight_zero_point")
     zero = None if zero is None or zero.dtype == torch.int32 else rows(zero)
     order = own.get("weight_g_idx")

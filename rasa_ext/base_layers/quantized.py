@@ -201,9 +201,9 @@ def misread(modules: Iterable[nn.Module]) -> str | None:
         return None
     return (
         f"config.quantization_config has quant_method {unknown.get('quant_method')!r}, which "
-        "transformers did not read: it dropped the scales, so the weights are wrong; load a "
-        "checkpoint that docs/quantized.md lists. If the weights were dequantized before loading, "
-        "delete config.quantization_config."
+        "transformers did not read: it dropped the scales, so the weights are wrong; "
+        "docs/quantized.md lists what can be loaded, and how. If the weights were dequantized "
+        "before loading, delete config.quantization_config."
     )
 
 

