@@ -58,6 +58,7 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
 
     Args:
         name: hub id, local directory, or path of a .gguf file, whose weights are dequantized.
+            Quantized checkpoints load into layers that pass gradients, ModelOpt's included.
         dtype: "float32", "bfloat16", "float16", or "auto" for the stored dtype (float32 for a .gguf
             file).
         quantization: "load_in_4bit" (NF4) or "load_in_8bit" quantizes the linear layers with
@@ -67,7 +68,8 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
         The model.
 
     Raises:
-        ModelError: the model cannot be loaded, or `gguf` or `bitsandbytes` is not installed.
+        ModelError: the model cannot be loaded, or not as it was stored, or `gguf` or
+            `bitsandbytes` is not installed.
 
     Example:
         >>> from rasa_ext.commands.models import load_model

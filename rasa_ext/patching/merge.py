@@ -101,7 +101,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
     Raises:
         TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
         ValueError: a merged weight would not be finite, or a weight is shared with another module,
-            sharded over processes or parametrized. No layer is then merged.
+            sharded over processes, parametrized, or rounded in each forward. No layer is then
+            merged.
         RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, the model
             is inside ``disable_adapter``, or the adapter has changed since an earlier merge.
 
