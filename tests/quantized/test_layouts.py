@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -36,7 +37,10 @@ from tests.helpers.adapters import (
 from tests.helpers.layouts import (
     COMPRESSED,
     LAYOUTS,
+    AwqTorchLinear,
     PlainQuantLinear,
+    QuantLinear,
+    TorchLinear,
     compressed,
     dense,
     excesses_over_experts,
@@ -81,6 +85,27 @@ def test_numbers(form):
     for _, _, layer in packed_layers(packed_model(form)):
         found = format_of(layer).dequantize(layer)
         torch.testing.assert_close(found.double(), numbers(layer), rtol=2e-7, atol=0)
+
+
+WRITTEN = {
+    "gptq": TorchLinear,
+    "gptq_v2": TorchLinear,
+    "awq": AwqTorchLinear,
+    "auto_round": QuantLinear,
+}
+"""Layers with act-order, zero points, zero points, and neither."""
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_what_gptqmodel_and_autoround_wrote(form):
+    """Layers of 32 x 64 that gptqmodel 7.6 and auto-round 0.16 loaded, and what they compute."""
+    stored = load_file(Path(__file__).parent / "data" / "gptq.safetensors")
+    tensors = {key: t for name, t in stored.items() for of, key in [name.split(".")] if of == form}
+    weight = tensors.pop("weight")
+    layer = WRITTEN[form](nn.Linear(64, 32, bias=False), 4, **tensors)
+    layer.group_size = 32
+    found = format_of(layer).dequantize(layer)
+    assert off(found, weight) < torch.finfo(torch.float16).eps  # in which the libraries compute
 
 
 def test_zero_points_as_they_are():
