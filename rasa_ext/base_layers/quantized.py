@@ -47,6 +47,10 @@ _TENSORS = (
 )
 """Libraries with quantized tensors: the name, the module, and the base class of the tensors."""
 
+ROTATED = (
+    "config.quantization_config has rotations (transform_config), as of QuIP or SpinQuant, which "
+    "transformers skips, so the weights are wrong; load a checkpoint without them."
+)
 _INSTEAD = "load the model dequantized, or in a layout that docs/quantized.md lists"
 _KERNELS = (
     ": for GPTQ pass quantization_config=GPTQConfig(bits=4, backend='gptq_torch') to "
@@ -190,9 +194,13 @@ def misread(modules: Iterable[nn.Module]) -> str | None:
     """Return why a model does not hold the numbers of a quantized checkpoint, or None if it does.
 
     transformers leaves ``config.quantization_config`` a dictionary if it does not know the method.
-    It then loads stored integers or FP8 numbers as they are, and drops the scales.
+    It then loads stored integers or FP8 numbers as they are, and drops the scales. It also drops
+    compressed-tensors' rotations, of which only config.json tells.
     """
     modules = list(modules)
+    loaded = (getattr(each, "config", None) for each in modules if "hf_quantizer" in vars(each))
+    if any(is_rotated(_stored_settings(config)) for config in loaded):
+        return ROTATED
     configs = (getattr(module, "config", None) for module in modules)
     given = (getattr(config, "quantization_config", None) for config in configs)
     unknown = next((each for each in given if isinstance(each, dict)), None)
@@ -205,6 +213,22 @@ def misread(modules: Iterable[nn.Module]) -> str | None:
         "docs/quantized.md lists what can be loaded, and how. If the weights were dequantized "
         "before loading, delete config.quantization_config."
     )
+
+
+def is_rotated(settings: Mapping[str, Any]) -> bool:
+    """Return whether quantization settings have rotations that no stored weight contains."""
+    groups = ((settings.get("transform_config") or {}).get("config_groups") or {}).values()
+    uses = (use for group in groups for use in group.get("apply") or ())
+    return any(not str(use.get("location")).startswith("weight_") for use in uses)
+
+
+def _stored_settings(config: Any) -> dict[str, Any]:
+    """Return how a model's config.json says that it is quantized, as far as the file is here."""
+    try:
+        stored, _ = config.get_config_dict(config._name_or_path, local_files_only=True)
+    except (AttributeError, OSError, ValueError):
+        return {}
+    return stored.get("quantization_config") or {}
 
 
 def check_gradients(modules: Mapping[str, nn.Module]) -> None:

@@ -22,7 +22,7 @@ from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rasa_ext.base_layers.quantized import misread
+from rasa_ext.base_layers.quantized import ROTATED, is_rotated, misread
 from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.commands.parsing import DTYPES
 from rasa_ext.commands.paths import SMOLLM2, ModelError, check_adapter, check_model, is_adapter
@@ -119,24 +119,23 @@ def _bitsandbytes(quantization: str, dtype: str, name: str) -> Any:
 def _trainable(where: dict[str, Any]) -> Any:
     """Return the settings that load a quantized checkpoint so that it can be trained, or None.
 
-    transformers' own choice for GPTQ and AWQ are kernels without a backward. Newer releases may
+    The default for GPTQ, AWQ and AutoRound may be kernels without a backward. Newer releases may
     keep the weights of a .gguf packed. Packed zero points cannot be loaded but dequantized.
     """
     if "gguf_file" in where:
         gguf = getattr(transformers, "GgufConfig", None)
         return gguf and gguf(dequantize=True)
     stored = getattr(AutoConfig.from_pretrained(**where), "quantization_config", None) or {}
-    if stored.get("transform_config"):
-        raise ValueError(
-            "it is rotated (transform_config), as by QuIP or SpinQuant, but transformers skips the "
-            "rotations, so that the numbers are wrong"
-        )
+    if is_rotated(stored):
+        raise ValueError(ROTATED)
     groups = (stored.get("config_groups") or {}).values()
     match stored.get("quant_method"):
         case "gptq":
             return transformers.GPTQConfig(bits=4, backend="gptq_torch")
         case "awq":
             return transformers.AwqConfig(backend="torch_awq")
+        case "auto-round":
+            return transformers.AutoRoundConfig(backend="torch")
         case "modelopt":
             importlib.import_module("rasa_ext.commands.modelopt")  # transformers knows it then
         case "compressed-tensors" if any(_has_zero_points(group) for group in groups):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from peft import get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
@@ -116,21 +117,43 @@ def write_quantization(folder, settings) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_commands_load_packed_zero_points_and_refuse_rotations(tmp_path):
-    """transformers cannot load the first but dequantized, and it skips the second."""
+def test_commands_load_packed_zero_points(tmp_path):
+    """transformers loads them only dequantized."""
     model = packed_model("packed int4 zero")
     model.save_pretrained(tmp_path)
     ModelCompressor.from_pretrained_model(model).update_config(tmp_path)
     found = load_model(str(tmp_path), "float32")
     assert off(logits(found), logits(dense(model))) < 1e-6
-    rotations = {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}
-    write_quantization(tmp_path, {"transform_config": rotations})
-    with pytest.raises(ModelError, match=r"rotated \(transform_config\)"):
+
+
+@pytest.mark.parametrize("form", ["packed int4", "packed int4 zero"])
+def test_rotations(form, tmp_path):
+    """transformers skips them, and leaves no trace in the model; config.json has them."""
+    model = packed_model(form)
+    model.save_pretrained(tmp_path)
+    ModelCompressor.from_pretrained_model(model).update_config(tmp_path)
+
+    def rotate(location: str) -> None:
+        scheme = TransformScheme(
+            type="hadamard", apply=[TransformArgs(targets="Linear", location=location)]
+        )
+        config = TransformConfig(config_groups={"R1": scheme})
+        write_quantization(tmp_path, {"transform_config": config.model_dump(mode="json")})
+
+    rotate("weight_input")  # the stored weights contain it
+    rasa_ext.patch_model(load_model(str(tmp_path)), 4, 1)
+    rotate("input")
+    with pytest.raises(ModelError, match="has rotations"):
         load_model(str(tmp_path))
+    if form == "packed int4":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"model: config.quantization_config has rotations"):
+            rasa_ext.patch_model(loaded, 4, 1)
 
 
 @pytest.mark.parametrize(
-    ("method", "backend"), [("gptq", "gptq_torch"), ("awq", "torch_awq"), ("fp8", None)]
+    ("method", "backend"),
+    [("gptq", "gptq_torch"), ("awq", "torch_awq"), ("auto-round", "torch"), ("fp8", None)],
 )
 def test_commands_ask_for_layers_with_a_backward(method, backend, tmp_path, monkeypatch):
     """transformers chooses other kernels for GPTQ and AWQ."""
