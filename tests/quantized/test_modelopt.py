@@ -95,6 +95,16 @@ def changed(folder: Path, settings: dict[str, object] | None) -> str:
     return str(folder)
 
 
+def test_scales_of_parts_that_the_model_lacks(tmp_path):
+    """A checkpoint with a vision tower loads as a language model."""
+    model = dense(DATA / "modelopt_fp8", torch.float32)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {"visual.0.weight": torch.ones(2, 2), "visual.0.weight_scale": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_model(str(tmp_path))(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_refusals(tmp_path):
     """Other algorithms are refused, and so are scales of which config.json says nothing."""
     with pytest.raises(ModelError, match=r"quant_algo 'W4A16_AWQ' is not read"):
