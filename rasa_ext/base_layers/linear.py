@@ -51,11 +51,10 @@ def linear_shape(module: LinearLayer) -> tuple[int, int]:
     """Return (out, in) of a linear layer."""
     if is_conv1d(module):
         return module.nf, module.weight.shape[0]
-    names = ("outfeatures", "infeatures")  # AutoRound's
-    if not hasattr(module, names[0]):
-        return module.out_features, module.in_features
-    out, width = (getattr(module, name) for name in names)
-    return out, width
+    layer: Any = module
+    if hasattr(layer, "infeatures"):  # AutoRound's names
+        return layer.outfeatures, layer.infeatures
+    return layer.out_features, layer.in_features
 
 
 def stored_weight(layer: Any) -> Tensor:

@@ -204,8 +204,7 @@ def misread(modules: Iterable[nn.Module]) -> str | None:
     configs = (getattr(module, "config", None) for module in modules)
     given = (getattr(config, "quantization_config", None) for config in configs)
     unknown = next((each for each in given if isinstance(each, dict)), None)
-    quantized = any("hf_quantizer" in vars(each) or format_of(each) for each in modules)
-    if unknown is None or quantized:
+    if unknown is None or any("hf_quantizer" in vars(m) or format_of(m) for m in modules):
         return None
     return (
         f"config.quantization_config has quant_method {unknown.get('quant_method')!r}, which "

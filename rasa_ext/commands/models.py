@@ -131,7 +131,6 @@ def _trainable(where: dict[str, Any]) -> Any:
     stored = getattr(AutoConfig.from_pretrained(**where), "quantization_config", None) or {}
     if is_rotated(stored):
         raise ValueError(ROTATED)
-    groups = (stored.get("config_groups") or {}).values()
     match stored.get("quant_method"):
         case "gptq":
             return transformers.GPTQConfig(bits=4, backend="gptq_torch")
@@ -141,14 +140,17 @@ def _trainable(where: dict[str, Any]) -> Any:
             return transformers.AutoRoundConfig(backend="torch")
         case "modelopt":
             importlib.import_module("rasa_ext.commands.modelopt")  # transformers knows it then
-        case "compressed-tensors" if any(_has_zero_points(group) for group in groups):
+        case "compressed-tensors" if _has_packed_zero_points(stored):
             return transformers.CompressedTensorsConfig(dequantize=True)
     return None
 
 
-def _has_zero_points(group: Any) -> bool:
-    weights = group.get("weights") or {}
-    return weights.get("type") == "int" and not weights.get("symmetric", True)
+def _has_packed_zero_points(stored: dict[str, Any]) -> bool:
+    return any(
+        (group.get("format") or stored.get("format")) == "pack-quantized"
+        and not (group.get("weights") or {}).get("symmetric", True)
+        for group in (stored.get("config_groups") or {}).values()
+    )
 
 
 def load_skeleton(name: str) -> Any:
@@ -410,15 +412,17 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             patches.enter_context(patch)
             # transformers prints a progress bar here that no setting turns off.
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        # A damaged .gguf raises errors of any kind in its reader.
+        usual = (ImportError, OSError, ValueError, SafetensorError)
         try:
             yield where
-        except (ImportError, OSError, ValueError, SafetensorError) as error:
+        except Exception if "gguf_file" in where else usual as error:
             raise ModelError(_cannot_load(name, error)) from error
-        except Exception as error:
-            if "gguf_file" not in where:
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
                 raise
-            # A damaged .gguf raises errors of any kind in its reader.
-            raise ModelError(_cannot_load(name, error)) from error
+            shapes = ValueError("the stored tensors have other shapes than the model's")
+            raise ModelError(_cannot_load(name, shapes)) from error
 
 
 def _reader(path: str) -> Any:

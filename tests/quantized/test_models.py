@@ -177,3 +177,12 @@ def test_a_half_precision_base_is_widened_on_a_cpu(tmp_path):
     found = training._load(options)
     assert found.dtype == torch.float32
     assert format_of(found.model.layers[0].mlp.up_proj) is not None
+
+
+def test_commands_say_that_shapes_differ(tmp_path):
+    """transformers' report, which names them, is not printed by a command."""
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ModelError, match=r"model: .* have other shapes than the model's"):
+        load_model(str(tmp_path))
