@@ -412,11 +412,12 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             patches.enter_context(patch)
             # transformers prints a progress bar here that no setting turns off.
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        # A damaged .gguf raises errors of any kind in its reader.
-        usual = (ImportError, OSError, ValueError, SafetensorError)
+        known: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, SafetensorError)
+        if "gguf_file" in where:  # the reader of a damaged one raises errors of any kind
+            known = (Exception,)
         try:
             yield where
-        except Exception if "gguf_file" in where else usual as error:
+        except known as error:
             raise ModelError(_cannot_load(name, error)) from error
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
