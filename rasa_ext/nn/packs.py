@@ -57,12 +57,13 @@ class PackSet:
     """The packs of a group's layers. Layers ``join`` it, and adapters ask it with ``take``.
 
     Every forward packs anew, since PyTorch does not see writes through ``.data``. A layer that
-    reads again begins a forward: the first one to have read packs the group, any other one packs
-    only itself, until the first one reads. A forward inside a backward, such as a checkpoint's,
-    reads the packs again. So do steps of one token without grad, as ``generate`` runs them.
-    Packs are stale, too, after a backward through them, a step of any optimizer, or a change of a
-    tensor's identity, version, dtype or ``requires_grad``. So a write through ``.data`` is missed
-    by a step of one token, and by a layer that has not read since the group was packed.
+    reads again, or one below the first reader, begins a forward. The first reader packs the group;
+    any other layer packs only itself, until the first one reads. A forward inside a backward, such
+    as a checkpoint's, reads the packs again. So do steps of one token without grad, as ``generate``
+    runs them. Packs are stale, too, after a backward through them, a step of any optimizer, or a
+    change of a tensor's identity, version, dtype or ``requires_grad``. So a write through ``.data``
+    is missed by a step of one token, and by a forward that begins at a later layer that has not
+    read since the group was packed.
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
     graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
@@ -224,10 +225,12 @@ class _Round:
         if entry is None or self.step is not _last_step or len(entry.stamps) != len(sources):
             return None
         grad = grad and entry.trained
-        again = (not one_token or grad) and index in self.read
-        old = self.spent or self.over or again or (grad and not self.linked)
+        again = (not one_token or grad) and (index in self.read or index < self.first)
+        old = self.spent or again or (grad and not self.linked)
         if old and torch._C._current_graph_task_id() == -1:  # not inside a backward
             self.over = self.over or (again and index != self.first)
+            return None
+        if self.over:  # inside a backward, too, as in the forward that it repeats
             return None
         for source, (its, version, trained, dtype) in zip(sources, entry.stamps, strict=True):
             if source is not its or source._version != version:
