@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for marker in ("readers", "engines"):
         if marker not in config.getoption("markexpr"):
             _deselect(config, items, marker)
+    # The longest single test would otherwise run last, beside an idle worker.
+    items.sort(key=lambda item: "/walks/" not in item.nodeid)
     import torch  # here, because the process that only distributes tests needs no torch
 
     torch.set_num_threads(1)  # more threads make small models slower
