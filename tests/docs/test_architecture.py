@@ -112,6 +112,28 @@ def test_contributing_lists_every_part():
     assert {"csrc", "csrc/cuda", "benchmarks", "build_support", "docs", "examples"} <= others
 
 
+def test_contributing_names_what_is_there():
+    """Tables of files name files that exist, and names that one of a row's files has."""
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    checked = 0
+    for first, second in rows:
+        texts, folder = [], ROOT
+        for name in re.findall(r"`([^`]+)`", first):
+            near = (ROOT, ROOT / "rasa_ext", folder, folder.parent)
+            path = next((each / name for each in near if (each / name).exists()), None)
+            if path is None:
+                assert name.isupper() or re.search(r"[A-Z]{2}", name), f"{name} in {first!r}"
+                continue
+            folder = path.parent
+            files = path.rglob("*.py") if path.is_dir() else [path]
+            texts += [file.read_text() for file in files]
+        for name in re.findall(r"`(\w+)`", second) if texts else ():
+            checked += 1
+            found = any(re.search(rf"\b{name}\b", text) for text in texts)
+            assert found or (ROOT / "docs" / f"{name}.md").exists(), f"{name} of {first!r}"
+    assert checked > 25
+
+
 def children(path: str) -> set[str]:
     """Return the names of the subfolders that contain Python files."""
     return {file.parent.name for file in (ROOT / path).glob("*/*.py")}
