@@ -145,9 +145,8 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = ()) -> It
 
     A new folder appears by one rename. In an existing folder the files replace old files of their
     names, folders replace folders, and what matches ``stale`` is removed. Other files stay. After
-    an error ``output`` is unchanged. If the process is killed, a folder has all old files, or all
-    new ones, or no config: then the old files are in the temporary folder, and the next save first
-    puts them back.
+    an error ``output`` is unchanged. If the process is killed midway, a folder has all old files or
+    all new ones, or no config until the next save restores the old files.
 
     The temporary folder is new, so no link in ``output`` is written through. Files get the mode of
     the umask, which not every release of safetensors respects, and are on the disk before the first

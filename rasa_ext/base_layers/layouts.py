@@ -4,7 +4,7 @@
 
 A layout unpacks the codes of some rows; the rest is shared. Forward and backward dequantize W tile
 by tile, so that no more than a tile of W is ever in memory, and the backward saves the packed
-weight alone. Inputs are not quantized, also where the library that loaded the layer does so.
+weight alone. Inputs stay unquantized, even for W8A8.
 
 No library is imported here: a layout is known by the names and dtypes of a layer's own tensors.
 """

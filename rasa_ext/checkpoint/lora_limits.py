@@ -31,9 +31,8 @@ def warn_of_readers(
     dropped = list(_dropped(export))
     if dropped and not allow_dropped:
         raise ValueError(
-            f"model: expected an adapter that no reader loads in part, but {dropped[0]}; "
-            f"{INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
-            "readers."
+            f"model: {dropped[0]}; {INSTEAD}, or pass allow_dropped=True (--allow-dropped) to "
+            "write it for other readers."
         )
     texts = [f"{text}; for that reader, {INSTEAD}." for text in dropped]
     for text in (*texts, *_limits(export, layout, parameters, default)):
@@ -54,7 +53,10 @@ def _dropped(export: Export) -> Iterator[str]:
             break
     if export.tokens:
         table = export.tokens[0].names[0]
-        yield f"SGLang leaves the trained rows of {table} out (vLLM and llama.cpp refuse them)"
+        yield (
+            f"SGLang would silently ignore the trained rows of {table} (vLLM and llama.cpp refuse "
+            "them)"
+        )
     for name in (name for rows in export.tokens for name in rows.names):
         if getattr(export.root.get_submodule(name), "bias", None) is not None:
             yield f"PEFT leaves out the bias of {name}, a head with trained rows"

@@ -110,9 +110,9 @@ class FusedProjections:
         return self._compute(layer, part, x, dtype)
 
     def _part(self, last: _Round, dtype: torch.dtype) -> None:
-        """Remove the layers that did not read the x of the last round, for good.
+        """Stop fusing layers whose inputs differ.
 
-        This is the leader if no other layer read x, else the other layers that did not. It waits
+        They are the leader if no other layer read its x, else the layers that did not. This waits
         until the parameters were written to: a recomputing checkpoint must save equal tensors.
         """
         leader = last.leader()

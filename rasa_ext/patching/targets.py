@@ -27,7 +27,7 @@ class Plan:
     skipped: dict[str, str]
     """Linear layers, 1x1 convolutions and expert weights that are not adapted, with the reason."""
     untouched: dict[str, tuple[int, ...]]
-    """Names and shapes of the expert weights that nobody chose to leave out."""
+    """Names and shapes of the expert weights that are neither adapted nor excluded."""
     adaptable: frozenset[str]
     """The untouched weights that the argument ``experts`` would adapt."""
     modules_to_save: tuple[str, ...]

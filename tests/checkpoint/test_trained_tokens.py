@@ -90,7 +90,7 @@ def test_peft_computes_the_same(entry, given, tmp_path):
     expected = entry.call(model, **entry.inputs(0)).log_softmax(-1)
     base = entry.build().eval()
     far = (entry.call(base, **entry.inputs(0)).log_softmax(-1) - expected).abs().max()
-    with pytest.warns(UserWarning, match="SGLang leaves the trained rows"):
+    with pytest.warns(UserWarning, match=r"SGLang .*trained rows"):
         rasa_ext.export_lora(model, tmp_path, allow_dropped=True)
     assert read(tmp_path)[0]["trainable_token_indices"].keys() == {
         names.partition(",")[0] for names in rasa_ext.summary(model).tokens
@@ -104,7 +104,7 @@ def test_peft_computes_the_same(entry, given, tmp_path):
 def test_an_export_is_refused_unless_asked_for(tmp_path):
     """SGLang silently ignores the rows; this is from its source, not in the readers' rules."""
     model = with_moved_rows(LLAMA)
-    with pytest.raises(ValueError, match=r"rows of model\.embed_tokens out.*allow_dropped=True"):
+    with pytest.raises(ValueError, match=r"^model: .*model\.embed_tokens.*allow_dropped=True"):
         rasa_ext.export_lora(model, tmp_path)
     assert not [*tmp_path.iterdir()]
     with pytest.warns(UserWarning, match="vLLM and llama.cpp refuse them"):

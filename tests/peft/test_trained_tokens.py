@@ -130,7 +130,7 @@ def test_no_safe_merge_of_what_is_not_finite():
 @pytest.mark.filterwarnings("ignore:SGLang", "ignore:the model has Conv1D")
 def test_an_exported_lora_has_the_rows(entry, tmp_path):
     model, inputs = tuned(entry), entry.inputs(0)
-    with pytest.raises(ValueError, match="SGLang leaves the trained rows"):
+    with pytest.raises(ValueError, match=r"SGLang .*trained rows"):
         export_lora(model, tmp_path)
     export_lora(model, tmp_path, allow_dropped=True)
     loaded = PeftModel.from_pretrained(entry.build(), tmp_path).eval()
