@@ -148,10 +148,12 @@ class _LowRankAddmm(torch.autograd.Function):
 class AddmmLinear(OfficialLinear):
     """The official formula with one autograd node and ``addmm_`` per linear, as in fast LoRA code.
 
-    Autograd does concatenation, casts and d, in weight space. x is (M, in); no bias.
+    Autograd does concatenation, casts and d, in weight space. x is (..., in); no bias.
     """
 
     def forward(self, x):
+        shape, x = x.shape[:-1], x.flatten(0, -2)
         Ap = torch.cat([self.A, self.A_pool], 0).to(x.dtype)
         Bt = (torch.cat([self.B, self.B_pool], 1) * self.d).to(x.dtype)
-        return _LowRankAddmm.apply(x, self.dropped(x), self.base_layer.weight, Ap, Bt)
+        y = _LowRankAddmm.apply(x, self.dropped(x), self.base_layer.weight, Ap, Bt)
+        return y.unflatten(0, shape)

@@ -132,11 +132,12 @@ class Case:
             tensor.grad = None
 
     def forward(self, module: nn.Module):
-        """Return a function that runs a forward without grad, as in decoding."""
+        """Return a function that runs M sequences' step of one token, which packs nothing."""
+        step = {name: x[:, None] for name, x in self.inputs.items()}
 
         def run() -> list[Tensor]:
             with torch.no_grad():
-                return module(self.inputs)
+                return module(step)
 
         return run
 
