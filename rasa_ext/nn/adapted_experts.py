@@ -135,7 +135,7 @@ class AdaptedExperts(AdaptedModule):
         for adapter in self.live(name):
             p = adapter.config.dropout if self.training else 0.0
             dropped = nn.functional.dropout(x, p) if p else x
-            pack = adapter.pack(x.dtype, len(routing.order) == routing.choices)
+            pack = adapter.pack(x.dtype)
             if pack.Ap.shape[1]:
                 if p or torch.is_grad_enabled():  # a backward saves x by token
                     y += experts_low_rank(dropped, pack, routing, by_token)

@@ -96,7 +96,7 @@ class AdaptedLinear(AdaptedModule):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        return low_rank_linear(x, *plain, adapter.pack(dtype, _is_one_token(x)), dropout(x, p))
+        return low_rank_linear(x, *plain, adapter.pack(dtype), dropout(x, p))
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
         """Return the layer as a projection to fuse with others, computed in ``dtype``.
@@ -123,7 +123,7 @@ class AdaptedLinear(AdaptedModule):
         """Compute ``y + x dW^T``."""
         x = x.to(y.dtype)
         dropped = dropout(x, self._dropout_of(adapter))
-        pack = adapter.pack(x.dtype, _is_one_token(x))
+        pack = adapter.pack(x.dtype)
         return low_rank_linear(x, None, None, pack, dropped, y)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -142,8 +142,3 @@ class AdaptedLinear(AdaptedModule):
         super().drop_pack()
         if self.fused is not None:
             self.fused.forget()
-
-
-def _is_one_token(x: Tensor) -> bool:
-    """Return whether x (batch, tokens, in) has one token in every sequence."""
-    return x.dim() > 2 and x.shape[-2] == 1

@@ -37,7 +37,7 @@ class Method(Protocol):
 class Packs(Protocol):
     """The packs of a group's layers; see ``nn.packs.PackSet``."""
 
-    def take(self, adapter: Any, dtype: torch.dtype, one_token: bool) -> Any:
+    def take(self, adapter: Any, dtype: torch.dtype) -> Any:
         """Return an adapter's pack."""
 
     def drop(self) -> None:
@@ -59,12 +59,9 @@ class Adapter(NamedTuple):
         """Return the tensors that make up the factors, in a fixed order."""
         return (*self.own.values(), *self.pool.values())
 
-    def pack(self, dtype: torch.dtype, one_token: bool = False) -> Any:
-        """Return the ``Packed`` in ``dtype``, which the layers of a group make together.
-
-        ``one_token`` says that the forward is of one token; see ``nn.packs.PackSet``.
-        """
-        return self.packs.take(self, dtype, one_token)
+    def pack(self, dtype: torch.dtype) -> Any:
+        """Return the ``Packed`` in ``dtype``, which the layers of a group make together."""
+        return self.packs.take(self, dtype)
 
     def factors(self) -> Factors:
         """Return the factors on the layer's device and in the layer's dtype, differentiable.

@@ -16,7 +16,7 @@ from operator import methodcaller
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
@@ -60,10 +60,10 @@ class PackSet:
     reads again, or one below the first reader, begins a forward. The first reader packs the group;
     any other layer packs only itself, until the first one reads. A forward inside a backward, such
     as a checkpoint's, reads the packs again. So do steps of one token without grad, as ``generate``
-    runs them. Packs are stale, too, after a backward through them, a step of any optimizer, or a
-    change of a tensor's identity, version, dtype or ``requires_grad``. So a write through ``.data``
-    is missed by a step of one token, and by a forward that begins at a later layer that has not
-    read since the group was packed.
+    runs them: see ``Decoding``. Packs are stale, too, after a backward through them, a step of any
+    optimizer, or a change of a tensor's identity, version, dtype or ``requires_grad``. So a write
+    through ``.data`` is missed by a step of one token, and by a forward that begins at a later
+    layer that has not read since the group was packed.
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
     graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
@@ -71,11 +71,16 @@ class PackSet:
     trained tensors. Copies and pickles of a set are empty: a layer joins again as it is copied.
 
     Args:
+        decoding: says whether the model's forward is a step of one token; by default it never is.
         ask: gives a layer's adapter.
     """
 
-    def __init__(self, ask: Callable[[Any], Any] = methodcaller("adapter")) -> None:
-        self._ask = ask
+    def __init__(
+        self,
+        decoding: Decoding | None = None,
+        ask: Callable[[Any], Any] = methodcaller("adapter"),
+    ) -> None:
+        self._decoding, self._ask = decoding or Decoding(), ask
         self._members: dict[int, weakref.ref[Any]] = {}
         # Replaced in one assignment, since threads share it.
         self._rounds: dict[tuple[torch.dtype, torch.device], _Round] = {}
@@ -90,17 +95,14 @@ class PackSet:
         """Drop the packs."""
         self._rounds, self._computed = {}, False
 
-    def take(self, adapter: Adapter, dtype: torch.dtype, one_token: bool = False) -> Packed:
-        """Return an adapter's pack in ``dtype``, with ports if gradients are needed.
-
-        ``one_token`` says that the forward is of one token, so that packs may be read again.
-        """
+    def take(self, adapter: Adapter, dtype: torch.dtype) -> Packed:
+        """Return an adapter's pack in ``dtype``, with ports if gradients are needed."""
         index, sources, grad = adapter.spec.index, adapter.sources(), torch.is_grad_enabled()
         device = sources[0].device
         if is_compiling() or _is_capturing(device):
             return _alone(adapter, dtype)
         found = self._rounds.get((dtype, device))
-        entry = None if found is None else found.entry(index, sources, grad, one_token)
+        entry = None if found is None else found.entry(index, sources, grad, self._decoding.now)
         if entry is None:
             if (grad and self._computed) or is_of_zero_3(sources[0]):
                 return _alone(adapter, dtype)
@@ -191,8 +193,43 @@ class PackSet:
                     entry.ported = Packed(*entry.pack[:2], *each)
         found.linked = True
 
-    def __reduce__(self) -> tuple[type[PackSet], tuple[Any]]:
-        return type(self), (self._ask,)
+    def __reduce__(self) -> tuple[type[PackSet], tuple[Any, Any]]:
+        return type(self), (self._decoding, self._ask)
+
+
+class Decoding:
+    """Whether a model's forward now is of one token in each row, as the steps of ``generate`` are.
+
+    The model's own forward tells it, since a layer of experts sees the tokens of all rows as one
+    batch. Under ``torch.compile`` it tells nothing.
+    """
+
+    now = False
+
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Watch a model's forwards; return the hooks to remove."""
+        return [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not is_compiling():
+            given = (*args[:1], *map(kwargs.get, _TOKENS))
+            tokens = [each for each in given if isinstance(each, Tensor)]
+            self.now = bool(tokens) and all(map(_is_one_token, tokens))
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not is_compiling():
+            self.now = False
+
+
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _is_one_token(x: Tensor) -> bool:
+    """Return whether ids (batch, tokens) or embeddings (batch, tokens, width) are of one token."""
+    return x.dim() == (3 if x.is_floating_point() else 2) and x.shape[1] == 1
 
 
 class _Round:

@@ -16,7 +16,7 @@ from rasa_ext.base_layers.survey import base_device, base_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.nn.packs import PackSet
+from rasa_ext.nn.packs import Decoding, PackSet
 from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -205,11 +205,12 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
+    decoding = Decoding()
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
         specs = group.specs(*map(base_device, bases.values()))
         tensors = config.group_tensors(specs)
-        pool, packs = RasaPool(tensors) if tensors else None, PackSet()
+        pool, packs = RasaPool(tensors) if tensors else None, PackSet(decoding)
         for base, spec in zip(bases.values(), specs, strict=True):
             if isinstance(base, tuple):
                 module, name = base
@@ -234,7 +235,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     model.__dict__[STATE] = state
-    state.hooks += let_it_save(model)
+    state.hooks += [*decoding.watch(model), *let_it_save(model)]
 
 
 def remove_layers(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.official import official_name
 from rasa_ext.methods.base import ALL_LINEAR, LayerSpec, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
+from rasa_ext.nn.packs import Decoding
 from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
@@ -79,6 +80,7 @@ class RasaModel(BaseTuner):
     _subtracts = False
     _rows: RowAdapters | None = None
     _attributes_before: tuple[tuple[nn.Module, str, Any], ...] = ()
+    _watching: Sequence[Any] = ()
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -104,6 +106,8 @@ class RasaModel(BaseTuner):
             own.trainable_token_indices = settled_tokens(
                 self.model, own.core(), lambda name: self._is_target(own, name)
             )
+        if not self._watching:
+            self._decoding = Decoding()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -112,6 +116,7 @@ class RasaModel(BaseTuner):
             raise
         finally:
             unwrap_experts(model)
+        self._watching = self._watching or self._decoding.watch(self.model)
         link_layers(model, RasaPeftLinear)
         peft_config = cast(RasaConfig, self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # whole names, so that every reader matches equal modules
@@ -191,7 +196,9 @@ class RasaModel(BaseTuner):
             replace_modules(self.model, {target: layer})  # a module may be registered twice
         owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
-        layer.update_layer(adapter_name, own.core(), specs, index, owner, own.init_weights)
+        layer.update_layer(
+            adapter_name, own.core(), specs, index, owner, self._decoding, own.init_weights
+        )
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[LayerSpec]]]:
         """Return the group and specs of every layer that PEFT will adapt, by layer name."""
@@ -316,6 +323,8 @@ class RasaModel(BaseTuner):
         left = [module for module in self.model.modules() if isinstance(module, kinds)]
         replace_modules(self.model, {each: each.base_layer for each in left})  # aliases too
         undo(self._attributes_before)
+        for hook in self._watching:
+            hook.remove()
         return forget_quantizer(self.model)
 
     @contextlib.contextmanager

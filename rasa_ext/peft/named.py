@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig, LayerSpec
 from rasa_ext.nn.adapter import Adapter
-from rasa_ext.nn.packs import PackSet
+from rasa_ext.nn.packs import Decoding, PackSet
 from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
 from rasa_ext.patching.parts import Part
 
@@ -90,6 +90,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         specs: list[LayerSpec],
         index: int,
         owner: NamedAdapters,
+        decoding: Decoding,
         init_weights: bool = True,
     ) -> None:
         """Add an adapter; ``owner`` is the first layer of the group."""
@@ -100,10 +101,9 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         self.own_names[adapter_name], self.pool_names[adapter_name] = tuple(own), tuple(pool)
         self.configs[adapter_name], self.specs[adapter_name] = config, spec
         self.pool_owners[adapter_name] = owner
-        packs = (
-            owner.packs if index else {adapter_name: PackSet(methodcaller("named", adapter_name))}
-        )
-        self.packs[adapter_name] = packs[adapter_name]
+        if index == 0:
+            self.packs[adapter_name] = PackSet(decoding, methodcaller("named", adapter_name))
+        self.packs[adapter_name] = owner.packs[adapter_name]
         self.packs[adapter_name].join(spec.index, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

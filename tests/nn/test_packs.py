@@ -15,10 +15,12 @@ from unittest import mock
 import bitsandbytes
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rasa_ext
+import rasa_ext.peft
 from rasa_ext import ops
 from rasa_ext.nn import packs as module_of_packs
 from tests.helpers import experts, oracle, peft
@@ -352,6 +354,34 @@ def test_steps_of_generate_pack_nothing(beams, packs):
     assert len(packs) == 7
 
 
+@pytest.mark.parametrize("by_peft", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_steps_of_generate_pack_no_experts(family, by_peft, packs):
+    """Nor what else sees the tokens of all rows as one batch, such as a shared expert."""
+    base = experts.model(family).eval()
+    if by_peft:
+        config = rasa_ext.peft.RasaConfig(r=3, rasa_experts="slot")
+        model = get_peft_model(base, config)
+    else:
+        model = rasa_ext.patch_model(base, 3, experts="slot")
+    options = {"use_cache": True, "pad_token_id": 0, "min_new_tokens": 1}
+    prompt = torch.randint(1, 32, (3, 4))
+    model.generate(input_ids=prompt, max_new_tokens=1, **options)
+    first = len(packs)
+    model.generate(input_ids=prompt, max_new_tokens=4, **options)
+    assert len(packs) == 2 * first > 0
+
+
+def test_a_model_is_watched_as_long_as_it_is_adapted():
+    base = LLAMA.build()
+    hooks = base._forward_pre_hooks, base._forward_hooks
+    before = [list(each) for each in hooks]
+    rasa_ext.unpatch(rasa_ext.patch_model(base))
+    assert [list(each) for each in hooks] == before
+    get_peft_model(base, rasa_ext.peft.RasaConfig()).unload()
+    assert [list(each) for each in hooks] == before
+
+
 def test_packs_of_past_forwards_are_freed_at_once(packs):
     """Packs, also an evaluation's, are freed without waiting for the garbage collector."""
     model, *_ = chain()
@@ -432,8 +462,15 @@ def layers(config, hooked=False, frozen=False) -> nn.Sequential:
     return model.eval()
 
 
+def decode(module) -> None:
+    """Tell a module that is called alone what the model's forward tells: one token for each row."""
+    for adapter in module.adapters():
+        adapter.packs._decoding.now = True
+
+
 def assert_writes_are_seen(module, inputs, sources, packs, times) -> None:
     """Assert that a step of one token packs the group after a write to a source, and only then."""
+    decode(module)
     for source in sources:
         before = module(*inputs)
         packs.clear()
@@ -597,6 +634,7 @@ def test_what_packs_are_forgotten_by(kind, way, packs):
     else:
         module = experts.adapted(experts.patched(experts.model(), "shared"))[1]
         owner, inputs = module.down_proj, experts.inputs(1, dtype=torch.float32)
+    decode(module)
     with torch.no_grad():
         module(*inputs)
         owner.B.data.mul_(2)
@@ -632,11 +670,12 @@ def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_s
         model(X[0])
         (found,) = model[0].packs._rounds.values()
         found.made, found.entries[0].pack = (maker, made), pack
-        assert model[0].adapter().pack(torch.float64, one_token=True) is pack
+        decode(model[0])
+        assert model[0].adapter().pack(torch.float64) is pack
         assert not any(each.record_stream.called for each in pack)
         maker.wait_event.assert_not_called()
         current[0] = reader
-        assert model[0].adapter().pack(torch.float64, one_token=True) is pack
+        assert model[0].adapter().pack(torch.float64) is pack
     reader.wait_event.assert_called_once_with(made)
     for each in pack:
         each.record_stream.assert_called_once_with(reader)
