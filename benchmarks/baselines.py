@@ -69,7 +69,9 @@ def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ex
     """Adapt ``base`` as the first layer of a group of ``layers`` layers."""
     spec = LayerSpec(0, layers, base.out_features, base.in_features, base.weight.device)
     pool = config.group_tensors([dataclasses.replace(spec, index=index) for index in range(layers)])
-    return rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
+    layer = rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
+    layer.add_module("own_pool", layer.pool)  # no model has it
+    return layer
 
 
 class Alone(nn.Module):

@@ -208,7 +208,9 @@ class Case:
             experts, out, width = expert_shape(base, name)
             spec = LayerSpec(0, layers, out, width, getattr(base, name).device, name, experts)
             pool = config.group_tensors([dataclasses.replace(spec, index=i) for i in range(layers)])
-            stacks[name] = RasaExpertWeight(config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
+            stack = RasaExpertWeight(config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
+            stack.add_module("own_pool", stack.pool)  # no model has it
+            stacks[name] = stack
         return _lively(RasaExperts(base, stacks))
 
 

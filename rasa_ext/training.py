@@ -133,7 +133,8 @@ def replace_tensors(
     """
     check_unmerged(model)
     if any(
-        isinstance(tensor, nn.Parameter) and all(tensor is not each for each in owner.parameters())
+        isinstance(tensor, nn.Parameter)
+        and all(tensor is not each for each in owner.tensors().values())
         for owner, own in tensors.items()
         for tensor in own.values()
     ):

@@ -44,7 +44,7 @@ from rasa_ext.checkpoint.files import (
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import Adapter
-from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
+from rasa_ext.nn.rasa import AdapterOwner, RasaLinear
 from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.grouping import pattern, resolve_groups
@@ -239,10 +239,13 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
             "rasa_ext.patch_model(model, ...), then load the adapter into it."
         )
     there = names_in_state(unwrap(model), adapter_tensors(model))
+    # Once a group's first layer had the pool.
+    older = {key: key.removeprefix(PREFIX).replace(".rasa_pool_", ".pool.") for key in there}
     found: dict[str, Tensor] = {}
     for each in shards:
-        found.update(read_tensors(each, set(there.values())))
-    tensors = {key: found[name] for key, name in there.items() if name in found}
+        found.update(read_tensors(each, {*there.values(), *older.values()}))
+    names = ((key, name) for either in (older, there) for key, name in either.items())
+    tensors = {key: found[name] for key, name in names if name in found}
     return load_tensors_into(model, patch_state(model).config, tensors, where)
 
 
@@ -437,7 +440,7 @@ def _check_unsharded(
     for name, module in root.named_modules():
         saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
         emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
-        adapter = isinstance(module, RasaLinear | RasaExpertWeight | RasaPool | TrainedTokens)
+        adapter = isinstance(module, RasaLinear | RasaExpertWeight | TrainedTokens)
         if emptied or (id(module) in sharded and (saved or adapter)):
             raise ValueError(
                 f"model: expected trained modules that are whole on every process, but {name!r} is "

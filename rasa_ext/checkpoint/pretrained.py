@@ -25,6 +25,7 @@ from rasa_ext.checkpoint.adapter import adapter_tensors, names_in_state, write_t
 from rasa_ext.checkpoint.card import PLAIN
 from rasa_ext.checkpoint.files import check_tensors
 from rasa_ext.patching.state import (
+    POOLS,
     adapted_experts,
     adapted_layers,
     check_merge_is_current,
@@ -210,6 +211,8 @@ def _plain_state(root: nn.Module, state: Mapping[str, Tensor] | None) -> dict[st
     layers = [f"{name}." for name, _ in adapted]
     plain = {}
     for key, tensor in (root.state_dict() if state is None else state).items():
+        if key.startswith(f"{POOLS}."):
+            continue
         prefix = next((each for each in layers if key.startswith(each)), None)
         if prefix is None:
             plain[key] = tensor

@@ -50,7 +50,7 @@ class LayerSpec:
     """A layer's index in the group, and the shape and device of the base layer."""
 
     index: int
-    """0 for the first layer of the group, which owns the pool."""
+    """0 for the first layer of the group, after which files name the pool."""
     num_layers: int
     out_features: int
     in_features: int
@@ -234,7 +234,7 @@ class AdapterConfig:
         raise NotImplementedError
 
     def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
-        """Make a group's tensors, which the first layer owns; by default none."""
+        """Make a group's tensors, which the model owns; by default none."""
         return {}
 
     def factors(

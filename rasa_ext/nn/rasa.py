@@ -47,7 +47,9 @@ class RasaPool(TensorOwner):
     """The shared rank pool of one group of L layers: under RaSA A (L*k, in) and B (out, L*k).
 
     They are A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one pool for each
-    group and registers it on the group's first layer, so that a ``state_dict`` has it once.
+    group. The model owns the pools, as ``rasa_pools``, and layers refer to them: engines that shard
+    a model gather what is the model's own for a whole forward, but a layer's only while the layer
+    runs.
 
     Args:
         tensors: the tensors by name; Parameters are trained, others become buffers.
@@ -55,7 +57,7 @@ class RasaPool(TensorOwner):
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
-        >>> isinstance(layers[0].pool, rasa_ext.nn.RasaPool)
+        >>> layers[0].pool is model.rasa_pools["0"]
         True
         >>> group = [each for each in layers if each.pool is layers[0].pool]
         >>> layers[0].pool.A.shape == (len(group), layers[0].in_features)
@@ -74,12 +76,59 @@ class RasaPool(TensorOwner):
         return ", ".join(f"{name}={tuple(t.shape)}" for name, t in self.tensors().items())
 
 
-class AdapterOwner(TensorOwner):
-    """A module that owns an adapter's tensors as attributes and refers to the group's pool.
+class ContainerPool(RasaPool):
+    """A pool whose tensors are parameters of a model such as ``nn.Sequential``.
 
-    The pool is a registered submodule of the group's first owner only, so that a ``state_dict`` has
-    each parameter once; the other owners hold a plain reference.
+    Such a model calls its children, or lists them, so that a pool cannot be one.
     """
+
+    _of: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    """The model's parameters and buffers; a reference to the model would be a cycle."""
+    _prefix = ""
+
+    def register(self, model: nn.Module, prefix: str) -> None:
+        """Move the tensors to the model, where their names begin with ``prefix``."""
+        tensors = dict(super().tensors())
+        super().replace({})
+        self._of, self._prefix = (model._parameters, model._buffers), prefix
+        self.replace(tensors)
+
+    def release(self) -> None:
+        """Take the tensors off the model."""
+        tensors = self.tensors()
+        self.replace({})
+        self._of, self._prefix = ({}, {}), ""
+        super().replace(tensors)
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors by these."""
+        if not self._prefix:
+            super().replace(tensors)
+            return
+        for name in self._names:
+            for found in self._of:
+                found.pop(f"{self._prefix}{name}", None)
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self._of[not isinstance(tensor, nn.Parameter)][f"{self._prefix}{name}"] = tensor
+
+    def tensors(self) -> dict[str, Any]:
+        """Look the tensors up in the model's."""
+        if not self._prefix:
+            return super().tensors()
+        parameters, buffers = self._of
+        names = ((name, f"{self._prefix}{name}") for name in self._names)
+        return {n: parameters[key] if key in parameters else buffers[key] for n, key in names}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a tensor by name."""
+        if name in self.__dict__.get("_names", ()) and self._prefix:
+            return self.tensors()[name]
+        return super().__getattr__(name)
+
+
+class AdapterOwner(TensorOwner):
+    """A module that owns an adapter's tensors as attributes and refers to the group's pool."""
 
     A: Tensor
     B: Tensor
@@ -91,15 +140,11 @@ class AdapterOwner(TensorOwner):
         self.config, self.spec, self.packs = config, spec, packs
         packs.join(spec.index, self)
         self.replace(config.layer_tensors(spec))
-        if spec.index == 0:
-            self.pool = pool
-        else:
-            self.__dict__["pool"] = pool
+        self.__dict__["pool"] = pool  # the model's, no submodule
 
     def adapter(self) -> Adapter:
         """Return the layer's adapter."""
-        pool: Any = self._modules.get("pool") or self.__dict__.get("pool")
-        shared = {} if pool is None else pool.tensors()
+        shared = {} if self.pool is None else self.pool.tensors()
         return Adapter(self.config, self.tensors(), shared, self.spec, self, self.packs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,16 +172,15 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
     Under RaSA dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv 2503.12576, section 3). The layer's
     private tensors are attributes: ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,). They are
     float32 unless ``adapter_dtype`` says otherwise, and are cast to the activations' dtype on use.
-    ``pool`` is the group's pool, or None if the method has none (k = 0). The pool is a registered
-    submodule of the group's first layer only, so that a ``state_dict`` has each parameter once; the
-    other layers hold a plain reference, which ``copy.deepcopy`` and ``torch.save`` preserve.
+    ``pool`` is the group's pool, whose tensors are the model's, or None if the method has none
+    (k = 0).
 
     ``patch_model`` makes these layers; it is rarely useful to make one directly.
 
     Args:
         base_layer: any linear layer, also a quantized one.
         config: the method's config, which defines the layer's tensors.
-        spec: the layer's index in the group, shape and device; index 0 registers ``pool``.
+        spec: the layer's index in the group, shape and device.
         pool: the group's pool.
         packs: the group's packs.
 

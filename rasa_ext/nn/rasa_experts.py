@@ -22,7 +22,7 @@ class RasaExpertWeight(AdapterOwner):
 
     Args:
         config: the method's config, which defines the adapter's tensors.
-        spec: the weight's index in the group, shape and device; index 0 registers ``pool``.
+        spec: the weight's index in the group, shape and device.
         pool: the group's pool.
         packs: the group's packs.
 

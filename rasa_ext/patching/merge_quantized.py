@@ -114,13 +114,14 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype of the first float parameter outside adapted layers, or None.
+    """Return the dtype of the first float parameter outside adapted layers and pools, or None.
 
     It is often the embedding's, and thus the dtype of a linear layer's input.
     """
-    adapted = (name for name, each in model.named_modules() if isinstance(each, AdaptedLinear))
-    inside = tuple(f"{name}." for name in adapted)
-    others = (p for name, p in model.named_parameters() if not name.startswith(inside))
+    adapted = [each for each in model.modules() if isinstance(each, AdaptedLinear)]
+    mine: set[Tensor] = {p for each in adapted for p in each.parameters()}
+    mine |= {t for each in adapted for a in each.adapters() for t in a.pool.values()}
+    others = (p for p in model.parameters() if p not in mine)
     return next((p.dtype for p in others if p.is_floating_point()), None)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +17,19 @@ from rasa_ext.base_layers.survey import base_device, base_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.nn.adapter import AdaptedModule
 from rasa_ext.nn.packs import Decoding, PackSet
-from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
+from rasa_ext.nn.rasa import ContainerPool, RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
 from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.state import (
+    POOLS,
     STATE,
     PatchState,
     patch_state,
+    pools,
     unwrap,
 )
 from rasa_ext.patching.swap import (
@@ -37,6 +41,8 @@ from rasa_ext.patching.swap import (
 )
 from rasa_ext.patching.targets import Plan, make_plan, suffixes
 from rasa_ext.patching.tokens import make_modules
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @suggests_keywords
@@ -205,12 +211,15 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
+    pool_kind = ContainerPool if isinstance(model, CONTAINERS) else RasaPool
+    made: list[RasaPool] = []
     decoding = Decoding()
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
         specs = group.specs(*map(base_device, bases.values()))
         tensors = config.group_tensors(specs)
-        pool, packs = RasaPool(tensors) if tensors else None, PackSet(decoding)
+        pool, packs = pool_kind(tensors) if tensors else None, PackSet(decoding)
+        made += [pool] if pool else []
         for base, spec in zip(bases.values(), specs, strict=True):
             if isinstance(base, tuple):
                 module, name = base
@@ -229,13 +238,29 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
+    if made and not isinstance(made[0], ContainerPool):
+        model.add_module(POOLS, nn.ModuleDict({str(i): each for i, each in enumerate(made)}))
+    for index, each in enumerate(made):
+        if isinstance(each, ContainerPool):
+            each.register(model, f"rasa_pool_{index}_")
     link_layers(model, RasaLinear)
     for name in plan.modules_to_save:
         for parameter in model.get_submodule(name).parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     model.__dict__[STATE] = state
-    state.hooks += [*decoding.watch(model), *let_it_save(model)]
+    state.hooks += [
+        *decoding.watch(model),
+        *let_it_save(model),
+        model.register_load_state_dict_pre_hook(_restore),
+    ]
+
+
+def _restore(model: nn.Module, *_: Any) -> None:
+    """Load pools without rounding, as ``AdaptedModule`` loads other tensors: a hook."""
+    for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            module.restore()
 
 
 def remove_layers(model: nn.Module) -> nn.Module:
@@ -243,6 +268,10 @@ def remove_layers(model: nn.Module) -> nn.Module:
     root, state = unwrap(model), patch_state(model)
     kinds = RasaLinear | RasaExperts | TrainedTokens
     adapted = [module for module in root.modules() if isinstance(module, kinds)]
+    for pool in pools(root):
+        if isinstance(pool, ContainerPool):
+            pool.release()
+    root._modules.pop(POOLS, None)
     replace_modules(root, {module: module.base_layer for module in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)

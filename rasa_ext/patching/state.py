@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import AdaptedModule
-from rasa_ext.nn.rasa import AdapterOwner, RasaLinear
+from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.patching.subtraction import checksum
 from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
 STATE = "_rasa_ext"
+POOLS = "rasa_pools"
+"""The model's child that has the pools of all groups."""
 _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
 
@@ -167,6 +169,11 @@ def owners(model: nn.Module) -> list[tuple[str, AdapterOwner]]:
     return _modules_of(model, AdapterOwner)
 
 
+def pools(model: nn.Module) -> list[RasaPool]:
+    """List the pools of a model, in the order of groups."""
+    return list(dict.fromkeys(each.pool for _, each in owners(model) if each.pool is not None))
+
+
 def _modules_of(model: nn.Module, kind: type[_Module]) -> list[tuple[str, _Module]]:
     return [(name, each) for name, each in unwrap(model).named_modules() if isinstance(each, kind)]
 
@@ -208,7 +215,9 @@ def parameters_of_adapters(model: nn.Module) -> dict[nn.Parameter, None]:
     for module in model.modules():
         if isinstance(module, AdaptedModule):
             base = set(module.base_layer.parameters())
-            found.update(dict.fromkeys(p for p in module.parameters() if p not in base))
+            pools = (tensor for each in module.adapters() for tensor in each.pool.values())
+            mine = (*module.parameters(), *(t for t in pools if isinstance(t, nn.Parameter)))
+            found.update(dict.fromkeys(p for p in mine if p not in base))
     return found
 
 

@@ -108,3 +108,15 @@ def keys_in_files(model: nn.Module, adapter_name: str) -> list[str]:
             found += [f"{prefix}{field}" for field in module.own_names[adapter_name]]
             found += [f"{prefix}pool_{field}" for field in module.pool_names[adapter_name]]
     return found
+
+
+def pools_in_files(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the names of an adapter's pools in ``state_dict``, by key as if on the first layer."""
+    modules = {module: name for name, module in model.named_modules()}
+    return {
+        f"{name}.rasa_pool_{field}.{adapter_name}": f"{modules[pool]}.{adapter_name}"
+        for layer, name in modules.items()
+        if isinstance(layer, NamedAdapters)
+        for field in layer.pool_names.get(adapter_name, ())
+        if (pool := layer.pool_of(field)) in modules
+    }

@@ -48,7 +48,7 @@ from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
-from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files
+from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files, pools_in_files
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters, RowAdapters
 from rasa_ext.peft.targets import (
@@ -77,10 +77,23 @@ class RasaModel(BaseTuner):
     prefix = "rasa_"
     tuner_layer_cls = NamedAdapters
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
+    _inside = False
+    """Whether the model has the adapters without a tuner, as ``model.add_adapter`` makes them."""
     _subtracts = False
     _rows: RowAdapters | None = None
     _attributes_before: tuple[tuple[nn.Module, str, Any], ...] = ()
     _watching: Sequence[Any] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Adapt a model; PEFT calls this, for ``inject_adapter_in_model`` with a config alone."""
+        self._inside = isinstance(peft_config, PeftConfig)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -196,9 +209,20 @@ class RasaModel(BaseTuner):
             replace_modules(self.model, {target: layer})  # a module may be registered twice
         owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
+        pools = None if index or self._inside else self._pools_of(current_key)
         layer.update_layer(
-            adapter_name, own.core(), specs, index, owner, self._decoding, own.init_weights
+            adapter_name, own.core(), specs, index, owner, self._decoding, pools, own.init_weights
         )
+
+    def _pools_of(self, name: str) -> nn.Module:
+        """Return the tuner's module for the pools of groups that begin with this layer."""
+        if "rasa_pools" not in self._modules:
+            self.rasa_pools = nn.ModuleDict()
+        key = name.replace(".", "/")
+        if key not in self.rasa_pools:
+            self.rasa_pools[key] = nn.Module()
+        found: nn.Module = self.rasa_pools[key]
+        return found
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[LayerSpec]]]:
         """Return the group and specs of every layer that PEFT will adapt, by layer name."""
@@ -368,6 +392,22 @@ class RasaModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, NamedAdapters)]
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Name a pool in files after the first layer of the group."""
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        names = {name: key for key, name in pools_in_files(model, adapter_name).items()}
+        return {names.get(name, name): tensor for name, tensor in found.items()}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -378,6 +418,11 @@ class RasaModel(BaseTuner):
         check_finite(state_dict, f"adapter {adapter_name!r}", "No tensor was loaded")
         expected = keys_in_files(model, adapter_name)
         state_dict = own_names(state_dict, expected, official_name, "the checkpoint")
+        names = {
+            cls._remove_adapter_name_from_key(key, adapter_name): name
+            for key, name in pools_in_files(model, adapter_name).items()
+        }
+        state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

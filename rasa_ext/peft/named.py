@@ -46,11 +46,12 @@ class RowAdapters:
 class NamedAdapters(BaseTunerLayer, nn.Module):
     """The named adapters of one weight.
 
-    A tensor that the method names A is ``rasa_A[adapter_name]``. The first layer of an adapter's
-    group owns the pool, such as ``rasa_pool_A``. The others hold an unregistered reference to that
-    layer, and look the pool up in each forward. So a ``state_dict`` has every tensor once, and all
-    layers see a replaced tensor (loading with ``assign``, moving, casting). Without the adapter's
-    name, tensor names are equal to the names in the package's files.
+    A tensor that the method names A is ``rasa_A[adapter_name]``. The tuner owns the pools, as
+    PEFT's own VeRA has it: engines that shard a model gather what is the model's for a whole
+    forward. The first layer of a group has unregistered references, such as ``rasa_pool_A``, by
+    which PEFT trains, moves and deletes the pool's tensors. The others refer to that layer, and
+    look the pool up in each forward. So a ``state_dict`` has every tensor once, and all layers see
+    a replaced tensor (loading with ``assign``, moving, casting).
 
     Subclasses decide where the weight is and what caches depend on the adapters.
     """
@@ -91,13 +92,17 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         index: int,
         owner: NamedAdapters,
         decoding: Decoding,
+        pools: nn.Module | None,
         init_weights: bool = True,
     ) -> None:
-        """Add an adapter; ``owner`` is the first layer of the group."""
+        """Add an adapter; ``owner`` is the first layer of the group.
+
+        ``pools`` registers that layer's pools; None registers them on the layer.
+        """
         spec = specs[index]
         own, pool = config.layer_tensors(spec), {} if index else config.group_tensors(specs)
-        self._add(adapter_name, "rasa_", own, init_weights)
-        self._add(adapter_name, "rasa_pool_", pool, init_weights)
+        self._add(adapter_name, "rasa_", own, init_weights, self)
+        self._add(adapter_name, "rasa_pool_", pool, init_weights, pools or self)
         self.own_names[adapter_name], self.pool_names[adapter_name] = tuple(own), tuple(pool)
         self.configs[adapter_name], self.specs[adapter_name] = config, spec
         self.pool_owners[adapter_name] = owner
@@ -114,7 +119,12 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
 
     @torch.no_grad()
     def _add(
-        self, adapter_name: str, prefix: str, tensors: dict[str, Tensor], init_weights: bool
+        self,
+        adapter_name: str,
+        prefix: str,
+        tensors: dict[str, Tensor],
+        init_weights: bool,
+        parent: nn.Module,
     ) -> None:
         for name, tensor in tensors.items():
             trained = isinstance(tensor, nn.Parameter) and not tensor.is_meta
@@ -123,7 +133,9 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
             name = f"{prefix}{name}"
             if name not in self.adapter_layer_names:
                 self.adapter_layer_names += (name,)
-                self.add_module(name, Tensors())
+                parent.add_module(name, Tensors())
+                if parent is not self:
+                    self.__dict__[name] = parent.get_submodule(name)
             getattr(self, name)[adapter_name] = tensor
 
     def _get_available_adapters(self) -> set[str]:
@@ -136,11 +148,16 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         names = self.own_names[adapter_name]
         own = {f: tensor_of(parts[f"rasa_{f}"], adapter_name) for f in names}
         owner = self.pool_owners[adapter_name]
-        pools: dict[str, Any] = owner._modules
         names = owner.pool_names[adapter_name]
-        pool = {f: tensor_of(pools[f"rasa_pool_{f}"], adapter_name) for f in names}
+        pool = {f: tensor_of(owner.pool_of(f), adapter_name) for f in names}
         config, spec = self.configs[adapter_name], self.specs[adapter_name]
         return Adapter(config, own, pool, spec, self, self.packs[adapter_name])
+
+    def pool_of(self, field: str) -> Tensors:
+        """Return the pools' tensors of one name, which this first layer refers to."""
+        name = f"rasa_pool_{field}"
+        found: Tensors = self.__dict__.get(name) or self._modules[name]  # type: ignore[assignment]
+        return found
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the weight, active or not."""

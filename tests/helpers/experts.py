@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,7 +240,7 @@ def randomize(model: nn.Module, seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name.rpartition(".")[2] in ("A", "B", "d"):
+            if parameter.requires_grad and re.search(r"[._][ABd]$", name):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 d = name.endswith(".d")
                 parameter.copy_(0.3 * noise + d)

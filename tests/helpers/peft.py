@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rasa_ext.peft import RasaConfig, RasaPeftExpertWeight, RasaPeftLinear
+from rasa_ext.peft.layer import pools_in_files
 from rasa_ext.peft.named import NamedAdapters
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
@@ -97,8 +98,18 @@ def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
     }
 
 
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters by the names in files, with the adapter's name; pools come last."""
+    known = {
+        name: key
+        for adapter in getattr(model, "peft_config", ())
+        for key, name in pools_in_files(model, adapter).items()
+    }
+    return {known.get(name, name): parameter for name, parameter in model.named_parameters()}
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in parameters(model).items() if p.requires_grad}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def lively(model: nn.Module, adapter: str = "default", seed: int = 3) -> nn.Modu
     """Randomize every tensor of an adapter, so that dW is about as large as W."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in sorted(peft.parameters(model).items()):
             if ".rasa_" in name and name.endswith(f".{adapter}"):
                 drawn = torch.randn(parameter.shape, generator=generator) * 0.3
                 parameter.copy_(drawn + (".rasa_d." in name))

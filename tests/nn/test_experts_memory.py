@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -59,7 +60,8 @@ def test_what_is_saved(grouping):
     x, chosen, shares = inputs()
     with saved_storages() as saved:
         y = module(x, chosen, shares)
-    tensors = (x, shares, *module.parameters(), *module.down_proj.pool.parameters())
+    pools = (each.pool.parameters() for each in module.stacks().values())
+    tensors = (x, shares, *module.parameters(), *itertools.chain(*pools))
     known = {t.untyped_storage().data_ptr() for t in tensors}
     found = sorted(size for address, size in saved.items() if address not in known)
     own, size = RANK - 1, 4

@@ -166,22 +166,25 @@ def test_the_seed_decides_the_draw():
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_every_parameter_has_one_place(entry):
-    """Each parameter has one owner; a pool is registered only on its group's first layer."""
+    """Each parameter has one owner: its layer or, for a pool, the model."""
     base = entry.build()
     plain = len(base.state_dict())
     model = rasa_ext.patch_model(base, RANK, 2)
     named = list(model.named_parameters(remove_duplicate=False))
-    modules = {id(m): n for n, m in model.named_modules()}
     for parameter in rasa_ext.adapter_parameters(model):
         places = [name for name, other in named if other is parameter]
         owners = {id(model.get_submodule(name.rpartition(".")[0])) for name in places}
         assert len(owners) == 1
         assert places
-    for name, layer in adapted_layers(model).items():
-        first = next(n for n, other in adapted_layers(model).items() if other.pool is layer.pool)
-        assert modules[id(layer.pool)] == f"{first}.pool"
-        assert ("pool" in layer._modules) == (name == first)
-    assert isinstance(layer.pool, rasa_ext.nn.RasaPool)
+    layers = adapted_layers(model).values()
+    for index, pool in enumerate(dict.fromkeys(layer.pool for layer in layers)):
+        for name in "AB":
+            own = (
+                model.get_parameter(f"rasa_pool_{index}_{name}")
+                if isinstance(model, torch.nn.Sequential)
+                else model.get_parameter(f"rasa_pools.{index}.{name}")
+            )
+            assert own is getattr(pool, name) is pool.tensors()[name]
     if entry is not TWO_NAMES:  # the state dict has this layer twice
         assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))
 

@@ -19,7 +19,7 @@ import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapters, patched, plain_model, same_bits, trainable_copies
 from tests.helpers.adapters import randomize as fill
-from tests.helpers.peft import close, dense, logits, tiny, trained
+from tests.helpers.peft import close, dense, logits, parameters, tiny, trained
 from tests.helpers.tiny_lm import make_tokenizer, save_base, sums
 from tests.helpers.trainers import QUIET
 
@@ -169,7 +169,7 @@ DISTANCES = {
 def test_what_plain_pytorch_logs(kind, front_end, folder, expected, tmp_path):
     running = FRONT_ENDS[front_end](kind, folder, tmp_path)
     model = running.model
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in parameters(model).items()}
     start = logits(model)
     logged = train(running)
     rows_, outputs = expected(kind)
@@ -180,7 +180,7 @@ def test_what_plain_pytorch_logs(kind, front_end, folder, expected, tmp_path):
     for key in DISTANCES.get(kind, ())[-1:]:  # so a wrong reference would be noticed
         assert abs(rows_[0][key]) > 1e-2
     learnt = trained(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters(model).items():
         assert same_bits(parameter.detach(), before[name]) != (name in learnt), name
         assert name not in learnt or "rasa" in name or front_end == "patch" or "score" in name
 

@@ -130,7 +130,7 @@ def test_a_tied_magnitudes_gradient_is_the_sum_of_its_layers():
                 generator = torch.Generator().manual_seed(len(name))
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.data.copy_(0.3 * noise)
-            elif name.endswith(".m"):
+            elif name.endswith((".m", "_m")):
                 parameter.data.fill_(0.7)
 
     tied, apart = patched(), patched(tied=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -59,7 +60,7 @@ def build(layers: int, config: AdapterConfig, device: str = "cpu") -> nn.ModuleL
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained factors by name, without d."""
     named = model.named_parameters()
-    return {n: p for n, p in named if p.requires_grad and n.rpartition(".")[2] in ("A", "B")}
+    return {n: p for n, p in named if p.requires_grad and re.search(r"[._][AB]$", n)}
 
 
 def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
@@ -69,8 +70,11 @@ def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
     result = []
     for i, layer in enumerate(model):
         A, B = tensors[f"{i}.A"], tensors[f"{i}.B"]
-        if "0.pool.A" in tensors:
-            A, B = torch.cat([A, tensors["0.pool.A"]]), torch.cat([B, tensors["0.pool.B"]], 1)
+        if "rasa_pool_0_A" in tensors:
+            A, B = (
+                torch.cat([A, tensors["rasa_pool_0_A"]]),
+                torch.cat([B, tensors["rasa_pool_0_B"]], 1),
+            )
         scale = layer.config.scale if isinstance(layer.config, LoraConfig) else 1.0
         d = tensors.get(f"{i}.d", torch.full((len(A),), scale, dtype=A.dtype, device=A.device))
         result.append(B @ torch.diag(d) @ A)

@@ -44,8 +44,8 @@ FROZEN = {
     "B": (CASES["pairs"], ".B"),
     "one layer's A": (CASES["pairs"], "1.A"),
     "A beside a pool": (CASES["a pool"], "1.A"),
-    "the pool": (CASES["a pool"], ("pool.A", "pool.B")),
-    "the pool's A": (CASES["a pool"], "pool.A"),
+    "the pool": (CASES["a pool"], ("pool_0_A", "pool_0_B")),
+    "the pool's A": (CASES["a pool"], "pool_0_A"),
     "all but the pool": (CASES["a pool"], ("0.A", "0.B", "1.A", "1.B", "2.A", "2.B")),
 }
 

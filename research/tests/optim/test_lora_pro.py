@@ -116,7 +116,7 @@ RUNS = {
     "pairs": (2, rasa_ext.RasaConfig(rank=3, k=0)),
     "a pool": (3, rasa_ext.RasaConfig(rank=2, k=1)),
     "a pool, several ranks": (2, Ragged()),
-    "a pool, some frozen": (3, rasa_ext.RasaConfig(rank=2, k=1), ("0.pool.A", "1.A")),
+    "a pool, some frozen": (3, rasa_ext.RasaConfig(rank=2, k=1), ("rasa_pool_0_A", "1.A")),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def jacobian(model, name: str, factors: list[Tensor]) -> Tensor:
 def least_norm_gradients(model, name: str) -> tuple[Tensor, Tensor]:
     """Return LoraPro's gradients for a random weight gradient g, and J^+ g by dense matrices."""
     parameters = trained(model)
-    factors = {n: p for n, p in parameters.items() if n.rpartition(".")[2] not in FREE}
+    factors = {n: p for n, p in parameters.items() if re.split(r"\.|pool_\d_", n)[-1] not in FREE}
     J = jacobian(model, name, list(factors.values()))
     g = torch.randn(len(J), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     parts = (J.t() @ g).split([factor.numel() for factor in factors.values()])
