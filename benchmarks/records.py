@@ -1,10 +1,9 @@
-"""Rows of figures as JSON, CSV and markdown, and a description of the machine."""
+"""Rows of figures as JSON and markdown, and a description of the machine."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import importlib.metadata
 import json
@@ -34,7 +33,7 @@ _KERNELS = ops.OPERATORS.keys() - ops.COMPOSED
 class Results:
     """Rows that are written to a file as they are added, so that an interruption loses none.
 
-    ``path`` ends in .json (the machine and the rows) or .csv (the rows); None keeps them in memory.
+    The file is JSON, with the machine and the rows; without a ``path`` they stay in memory.
     """
 
     def __init__(self, path: Path | str | None, device: str) -> None:
@@ -55,11 +54,7 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        if self.path.suffix == ".csv":
-            write_csv(self.path, self.rows)
-        else:
+        if self.path is not None:
             write_json(self.path, {"machine": self.head, "rows": self.rows})
 
 
@@ -68,13 +63,6 @@ def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -172,7 +160,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--json", metavar="FILE", help="write rows here as they come; or a .csv")
+    made.add_argument("--json", metavar="FILE", help="write rows here as they come")
     made.add_argument("--seconds", type=float, default=120, help="start nothing new after this")
     made.add_argument("--quick", action="store_true", help="tiny shapes, to test the benchmark")
     return made

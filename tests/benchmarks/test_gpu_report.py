@@ -1,10 +1,9 @@
-"""The plan of the GPU report, and the results of a failed or stopped one; no times checked."""
+"""The GPU report, run with a stand-in for the GPU and its programs. No test checks times."""
 
 from __future__ import annotations
 
-import csv
 import json
-import signal
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,90 +14,129 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import block, gpu_report, harness, linears, once, predict, records, shapes, staged
+from benchmarks import block, gpu_report, linears, once, predict, records, shapes, staged, traffic
 from rasa_ext import RasaLinear, ops
+from tests.benchmarks import stand_in_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-# Installed for the tests, but absent where the report runs.
-ABSENT = ("bitsandbytes", "torchao", "datasets", "trl", "gguf")
-COLLECT = """
-import importlib.machinery, sys
-import pytest, torch
-absent, torch.cuda.is_available = {absent}, lambda: True
-find = importlib.machinery.PathFinder.find_spec
-importlib.machinery.PathFinder.find_spec = (
-    lambda name, *of, **how: None if name.partition(".")[0] in absent else find(name, *of, **how)
-)
-for name in absent:
-    assert name not in sys.modules
-how = ["--collect-only", "-qq", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"]
-class Names:
-    def pytest_collection_finish(self, session):
-        print("\\n".join("gpu: " + item.nodeid for item in session.items))
-sys.exit(pytest.main([*how, *{files}], plugins=[Names()]))
+BENCHMARKS = ("step", "one linear", "all layers", "decode", "growth", "profile", "traffic")
+CARD = "NVIDIA H100 80GB HBM3"
+# Each script runs its arguments, starting at the Python.
+SANITIZER = """#!/bin/sh
+while [ "$1" != "$STAND_IN_PYTHON" ]; do shift; done
+exec "$@"
+"""
+NCU = """#!/bin/sh
+while [ "$1" != "$STAND_IN_PYTHON" ]; do [ "$1" = --log-file ] && log=$2; shift; done
+cp "$STAND_IN_COUNTS" "$log"
+exec "$@"
 """
 
 
-def read(out: Path) -> dict:
-    return json.loads((out / "report.json").read_text())
+def lines_of_ncu(steps: int) -> str:
+    """Return ncu output: per step a mark and two kernels; the second reads 3 GiB, writes 1 GiB."""
+    head = "ID,Process ID,Process Name,Host Name,Kernel Name,Context,Stream,Block Size,Grid Size,"
+    head += "Device,CC,Section Name,Metric Name,Metric Unit,Metric Value"
+    text = ["==PROF== Connected to process 7", ",".join(f'"{each}"' for each in head.split(","))]
+    number = 0
+    for _ in range(steps):
+        for kernel, read, written in (
+            ("at::cuda::spin_kernel(long)", 5, 5),
+            ("a", 0, 0),
+            ("b", 3, 1),
+        ):
+            for name, gib in zip(traffic.METRICS, (read, written), strict=True):
+                cells = [number, 7, "python", "host", kernel, 1, 7, "(1, 1, 1)", "(1, 1, 1)", 0]
+                cells += [9.0, "Command line profiler metrics", name, "byte", f"{gib * 2**30:,}"]
+                text.append(",".join(f'"{each}"' for each in cells))
+            number += 1
+    return "\n".join(text) + "\n"
 
 
-def python(code: str, budget: float = 60, **more) -> staged.Stage:
-    return staged.Stage("a stage", (sys.executable, "-c", code), budget, **more)
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, forked_python):
+    """A function that runs a report of tiny shapes, and returns exit status, folder and content."""
+    python = stand_in_cuda.program(forked_python, tmp_path_factory.mktemp("program"))
+
+    def run(*arguments: str, **variables: str) -> tuple[int, Path, dict]:
+        out = tmp_path_factory.mktemp("report")
+        command = (python, "-m", "benchmarks.gpu_report", "--quick", "--out", out, *arguments)
+        # Skip compilation: torch.compile on a CPU is not tested here.
+        variables = {**os.environ, "TORCHDYNAMO_DISABLE": "1", **variables}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        print(done.stdout, done.stderr)  # shown if a test fails
+        return done.returncode, out, json.loads((out / "report.json").read_text())
+
+    return run
 
 
-def run(stage: staged.Stage, limit: float, work: Path) -> dict:
-    (record,) = staged.run([stage], limit, work)
-    return record
+def test_every_stage_runs_and_leaves_its_rows(report, tmp_path):
+    for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    counts = tmp_path / "counts.csv"
+    counts.write_text(lines_of_ncu(len(traffic.STEPS)))
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STAND_IN_COUNTS": str(counts)}
+    variables |= {stand_in_cuda.KERNELS: "1"}
+    code, out, found = report("--commit", "abc1234", **variables)
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert {stage["status"] for stage in stages.values()} == {"ok"}
+    assert code == 0
+    assert found["complete"]
+    checks = ["tests", "memcheck", "racecheck", "initcheck"]
+    first = ["build", "operators once", "step", *checks]
+    assert list(stages) == [*first, *BENCHMARKS[1:], "compiled"]
+    assert stages["tests"]["counts"]["tests"] > 0
+    assert all(stages[name]["rows"] for name in BENCHMARKS)
+    assert found["machine"]["commit"] == "abc1234"
+    assert found["machine"]["card"].startswith("NVIDIA Stand-in")
+    assert "the times mean nothing" in (out / "report.md").read_text()
+    names = {path.name for path in out.iterdir()}
+    assert names == {"report.md", "report.json", "step.json", "tests.xml", "rest.tar.gz"}
+    with tarfile.open(out / "rest.tar.gz") as archive:
+        assert {"memcheck.log", "decode.json", "ours.trace.json"} < set(archive.getnames())
+    rows = {row["variant"]: row for row in stages["step"]["rows"] if row["dropout"]}
+    assert {"frozen", "official", "addmm", "peft r=8", "ours", "ours, cublas"} < set(rows)
+    assert rows["frozen"]["over_frozen"] == rows["frozen"]["graph_over_frozen"] == 1
+    assert rows["official"]["removed"] == 0
+    assert rows["ours"]["saved"] < rows["official"]["saved"]
+    for row in stages["traffic"]["rows"]:
+        assert (row["read_gib"], row["written_gib"], row["gib"], row["kernels"]) == (3, 1, 4, 2)
 
 
-def collected(python: Path | str, files: list[str], absent: tuple[str, ...]) -> set[str]:
-    """Return the tests marked gpu in the files, collected with the ``absent`` packages hidden."""
-    code = COLLECT.format(absent=absent, files=files)
-    done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    return {line for line in lines if line.startswith("gpu: ")}
-
-
-def test_every_gpu_test_is_collected_where_little_is_installed(forked_python):
-    found = collected(sys.executable, gpu_report.gpu_test_files(), ABSENT)
-    assert found == collected(forked_python, ["tests"], ())
-    assert found
+def test_what_pytorch_computed_is_not_reported_as_a_kernel_s(report):
+    code, out, found = report("--only", "build", "operators once", "step")
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert code == 1
+    assert "CUDA kernels cannot be built" in stages["build"]["tail"]
+    assert "no kernels to check: 0 of" in stages["operators once"]["tail"]
+    names = {row["variant"] for row in stages["step"]["rows"]}
+    assert "ours (PyTorch)" in names
+    assert "ours" not in names
+    assert "no kernels to check" in (out / "report.md").read_text()
 
 
 def test_the_plan_takes_nine_minutes_and_what_decides_comes_first(tmp_path):
     planned = gpu_report.stages("cuda", False, tmp_path)
-    names = [stage.name for stage in planned]
-    assert names[:3] == ["build", "operators once", "step"]
-    assert names[-1] == "compiled"
-    groups = staged.groups(planned)
-    assert ["tests", "memcheck", "racecheck", "initcheck"] in [[s.name for s in g] for g in groups]
-    assert sum(max(stage.budget for stage in group) for group in groups) <= 60 * 8.7
+    assert [stage.name for stage in planned][:3] == ["build", "operators once", "step"]
+    budgets = [max(stage.budget for stage in group) for group in staged.groups(planned)]
+    assert sum(budgets) <= 60 * 8.7
 
 
-def test_sanitizers_check_the_kernels_of_this_package_alone(tmp_path):
-    by_name = {stage.name: stage.command for stage in gpu_report.stages("cuda", False, tmp_path)}
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        command = " ".join(by_name[tool])
-        assert command.startswith(f"compute-sanitizer --tool {tool} --error-exitcode=99")
-        assert "--kernel-name kns=rasa_ext" in command
-        assert ("--weight-space" in command) == (tool == "initcheck")
-    assert "--report-api-errors no" in " ".join(by_name["memcheck"])
-
-
-def too_late_once(log: Path, text: str, monkeypatch) -> None:
-    """Make the stages' clock jump by 1000 s once a log contains the text."""
-
-    def now() -> float:
-        return time.monotonic() + 1000 * (log.exists() and text in log.read_text())
-
-    monkeypatch.setattr(staged, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+def run(code: str, tmp_path: Path, rows: str | None = None) -> dict:
+    stage = staged.Stage("a stage", (sys.executable, "-c", code), 60, rows)
+    (record,) = staged.run([stage], 60.0, tmp_path)
+    return record
 
 
 def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
+    log = tmp_path / "a-stage.log"
+
+    def now() -> float:  # the clock jumps once the child runs
+        return time.monotonic() + 1000 * (log.exists() and "\n" in log.read_text())
+
     monkeypatch.setattr(staged, "GRACE", 0.1)
-    too_late_once(tmp_path / "a-stage.log", "\n", monkeypatch)
+    monkeypatch.setattr(staged, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
     code = (
         "import signal, subprocess, sys\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -106,143 +144,37 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
         "print(child.pid, flush=True)\n"
         "child.wait()"
     )
-    record = run(python(code), 60.0, tmp_path)
+    record = run(code, tmp_path)
     assert record["status"] == "out of time"
-    child = int(record["tail"])
+    state = Path(f"/proc/{record['tail'].strip()}/stat")
     for _ in range(100):
-        state = Path(f"/proc/{child}/stat")
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            break
+            return
         time.sleep(0.05)
-    else:
-        pytest.fail("the child still runs")
+    pytest.fail("the child still runs")
 
 
-def test_stages_run_at_the_same_time_end_each_on_its_own(tmp_path):
-    """Each stage waits for a file of the other, so both must run at once."""
-    code = (
-        "import pathlib, sys, time\n"
-        "mine, other, status = sys.argv[1:]\n"
-        "pathlib.Path(mine).touch()\n"
-        "while not pathlib.Path(other).exists(): time.sleep(0.01)\n"
-        "raise SystemExit(int(status))"
-    )
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    words = ((a, b, "0"), (b, a, "3"))
-    stages = [staged.Stage(w[0][-1], (sys.executable, "-c", code, *w), 60) for w in words]
-    first, second = staged.run(stages, 60.0, tmp_path)
-    assert (first["status"], second["status"], second["exit"]) == ("ok", "failed", 3)
-
-
-@pytest.mark.parametrize(
-    ("code", "limit", "status", "said"),
-    [
-        ("import time; time.sleep(600)", 1.0, "cut", "1 rows"),
-        ("import os; os.kill(os.getpid(), 9)", 60.0, "failed", "ended by signal 9, 1 rows"),
-    ],
-)
-def test_rows_of_a_benchmark_that_does_not_end_are_kept(code, limit, status, said, tmp_path):
+def test_rows_of_a_benchmark_that_is_killed_are_kept(tmp_path):
     records.Results(tmp_path / "a.json", "cpu").add(us=1.5)
-    record = run(python(code, rows="a.json"), limit, tmp_path)
-    assert (record["status"], record["rows"]) == (status, [{"us": 1.5}])
-    assert staged.said(record) == said
+    record = run("import os; os.kill(os.getpid(), 9)", tmp_path, "a.json")
+    assert (record["status"], record["rows"]) == ("failed", [{"us": 1.5}])
+    assert staged.said(record) == "ended by signal 9, 1 rows"
 
 
-def test_a_benchmark_without_rows_has_failed(tmp_path):
-    record = run(python("print('nothing to measure')", rows="a.json"), 60.0, tmp_path)
-    assert record["status"] == "failed"
-    assert staged.said(record) == "0 rows, nothing to measure"
-
-
-def test_tests_that_are_cut_short_leave_what_they_found(tmp_path, monkeypatch):
-    # By a second after the first test's end, pytest has written the test's result to its file.
-    begun = tmp_path / "begun"
-    too_late_once(begun, "slow", monkeypatch)
-    (tmp_path / "test_two.py").write_text(
-        "import pathlib, time\n"
-        "def test_fast(): assert False\n"
-        "def test_slow():\n"
-        "    time.sleep(1)\n"
-        f"    pathlib.Path({str(begun)!r}).write_text('slow')\n"
-        "    time.sleep(600)\n"
-    )
-    junit = f"--junitxml={tmp_path / 'tests.xml'}"
-    command = (sys.executable, "-m", "pytest", "-n", "1", "--rootdir", str(tmp_path), junit)
-    record = run(staged.Stage("tests", (*command, str(tmp_path)), 60), 60.0, tmp_path)
-    assert record["status"] == "out of time"
-    assert record["counts"]["failures"] == 1
-    assert "1 failures" in staged.said(record)
-
-
-def test_an_interrupted_report_holds_what_ended(tmp_path, forked_python):
-    command = (forked_python, "-m", "benchmarks.gpu_report", "--device", "cpu", "--quick")
-    command = (*command, "--out", tmp_path, "--only", "operators once", "step")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    try:
-        for line in iter(process.stdout.readline, b""):
-            if line.startswith(b"step"):
-                break
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 1
-    finally:
-        process.kill()
-        process.communicate()
-    report = read(tmp_path)
-    assert not report["complete"]
-    assert [stage["status"] for stage in report["stages"]] == ["ok", "interrupted"]
-    assert "unfinished" in (tmp_path / "report.md").read_text()
-    with tarfile.open(tmp_path / "rest.tar.gz") as archive:
-        assert "operators-once.log" in archive.getnames()
-
-
-def measured(monkeypatch, tmp_path: Path) -> tuple[int, dict[str, dict]]:
-    """Run the step benchmark; return its exit status and the first case's rows by variant."""
+def test_ours_that_is_wrong_is_not_timed_and_the_others_are(monkeypatch, tmp_path):
     path = tmp_path / "step.json"
     given = ["step", "--quick", "--device", "cpu", "--seconds", "0", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["block", *given])
     monkeypatch.setattr(block, "cases", lambda *_: [("step", shapes.BLOCKS["tiny"], 6, 8, 1, 0.0)])
+    monkeypatch.setattr(RasaLinear, "forward", lambda self, x: self.base_layer(x))
     with pytest.raises(SystemExit) as end:
         block.main()
-    rows = json.loads(path.read_text())["rows"]
-    return end.value.code, {row["variant"]: row for row in rows}
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_ours_that_raises_or_is_wrong_fails_and_the_others_are_measured(
-    monkeypatch, tmp_path, wrong
-):
-    def broken(self, x):
-        if not wrong:
-            raise RuntimeError("no such kernel")
-        return self.base_layer(x)
-
-    monkeypatch.setattr(RasaLinear, "forward", broken)
-    code, rows = measured(monkeypatch, tmp_path)
-    assert code == 1
+    assert end.value.code == 1
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
     for name in ("ours", "ours, fused"):
-        why = "differs from official in y of" if wrong else "RuntimeError: no such kernel"
-        assert rows.pop(name)["failed"].startswith(why)
+        assert rows.pop(name)["failed"].startswith("differs from official in y of")
     assert {"frozen", "official", "addmm", "peft r=8"} < set(rows)
     assert all(row["us"] > 0 for row in rows.values())
-
-
-def test_peft_that_cannot_be_made_leaves_a_row(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    code, rows = measured(monkeypatch, tmp_path)
-    assert code == 0
-    assert "peft" in rows["peft r=8"]["failed"]
-    assert rows["ours"]["us"] > 0
-
-
-def test_without_a_baseline_there_is_no_ratio(tmp_path):
-    results = records.Results(None, "cpu")
-    rows = block.add_times(results, {"ours": [1.0, 2.0]}, {"ours": 0.5})
-    assert rows["ours"]["over_frozen"] is None
-    assert rows["ours"]["removed"] is None
-    assert rows["ours"]["roofline"] == 3
-    alike = {name: [1.0, 2.0] for name in ("frozen", "official", "ours")}
-    assert block.add_times(results, alike, dict.fromkeys(alike, 0.5))["ours"]["removed"] is None
 
 
 def test_every_operator_is_called_once(monkeypatch):
@@ -273,41 +205,10 @@ def test_projections_are_fused_in_ours_alone(monkeypatch):
         assert together == ([3, 2] if name == "ours, fused" else []), name
 
 
-def test_rows_as_csv(tmp_path):
-    kept = records.Results(tmp_path / "rows.csv", "cpu")
-    kept.add(what="a", us=1.0)
-    kept.add(what="b|c", gb=2.0)
-    with open(tmp_path / "rows.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [
-            {"what": "a", "us": "1.0", "gb": ""},
-            {"what": "b|c", "us": "", "gb": "2.0"},
-        ]
-
-
-def test_the_harness_ends_when_its_time_is_over():
-    seconds = harness.interleaved({"a": lambda: time.sleep(0.01)}, 1000, at_most=0.1)
-    assert 2 <= len(seconds["a"]) < 1000
-
-
 def test_a_step_has_what_was_predicted_beside_it():
     row = {"what": "step", "block": "llama-3.1-8b", "M": 8192, "r": 8, "R": 39, "variant": "ours"}
-    found = staged.with_prediction(row, "NVIDIA H100 80GB HBM3")
+    found = staged.with_prediction(row, CARD)
     fused = predict.step("llama-3.1-8b", 8192, 8, "H100", "ours fused")
-    frozen = predict.step("llama-3.1-8b", 8192, 8, "H100", "frozen")
     assert found["predicted_us"] == pytest.approx(1e3 * fused.ms)
-    assert found["predicted_over_frozen"] == pytest.approx(fused.ms / frozen.ms)
-    dropped = staged.with_prediction({**row, "dropout": 0.05}, "NVIDIA H100 80GB HBM3")
-    assert dropped["predicted_us"] > found["predicted_us"]
-    library = staged.with_prediction({**row, "variant": "ours, cublas"}, "NVIDIA H100 80GB HBM3")
-    assert library["predicted_us"] > found["predicted_us"]
-    wide = staged.with_prediction({**row, "variant": "peft r=39"}, "NVIDIA H100 80GB HBM3")
-    assert wide["predicted_us"] > found["predicted_us"]
-    unknown = [
-        ({**row, "variant": "ours (PyTorch)"}, "NVIDIA H100 80GB HBM3"),
-        ({**row, "block": "tiny"}, "NVIDIA H100 80GB HBM3"),
-        ({**row, "what": "decode"}, "NVIDIA H100 80GB HBM3"),
-        (row, "NVIDIA B200"),
-        ({"operator": "pack_group"}, "NVIDIA H100 80GB HBM3"),
-    ]
-    for other, card in unknown:
-        assert staged.with_prediction(other, card) == other
+    for other in ({**row, "variant": "ours (PyTorch)"}, {**row, "what": "decode"}):
+        assert staged.with_prediction(other, CARD) == other

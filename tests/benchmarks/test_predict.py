@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections import Counter
@@ -180,90 +179,37 @@ def device(model: str, tokens: int, variant: str, card: str = "H100", dropout: f
     return predict.step(model, tokens, 8, card, variant, dropout).device_ms
 
 
-@pytest.mark.parametrize("card", predict.CARDS)
-@pytest.mark.parametrize("model", predict.MODELS)
-def test_order(model, card):
-    for tokens in predict.TOKENS[1:]:
-        ms = {variant: device(model, tokens, variant, card) for variant in predict.VARIANTS}
-        assert ms["frozen"] < ms["ours fused graph"] < ms["ours fused"] < ms["ours"], tokens
-        assert ms["ours"] < ms["addmm"] < ms["official"], tokens
-        assert ms["peft r"] < ms["peft R"] < ms["official"], tokens
-        # With fewer tokens, launches limit the smallest model, and PEFT has the fewest.
-        assert tokens < 2048 or ms["ours"] < ms["peft r"], tokens
-        for variant, found in ms.items():
-            assert found > device(model, tokens // 2, variant, card)
-            if variant != "frozen":
-                assert found < device(model, tokens, variant, card, dropout=0.05)
-
-
-def test_a_faster_card_is_faster():
-    for variant, model in itertools.product(predict.VARIANTS, predict.MODELS):
-        assert device(model, 4096, variant, "H100") < device(model, 4096, variant, "A100-80G")
-
-
-def test_the_rank_decides_pools_and_padding():
-    peft, ours = (predict.step("llama", 4096, 8, "H100", v) for v in ("peft R", "ours"))
-    assert predict.step("llama", 4096, 39, "H100", "peft r").bytes == peft.bytes
-    wider = predict.step("llama", 4096, 16, "H100", "ours")  # R = 78, padded to 80
-    assert wider.launches == ours.launches
-    assert wider.bytes > ours.bytes
+def test_order():
+    ms = {variant: device("llama", 4096, variant) for variant in predict.VARIANTS}
+    assert ms["frozen"] < ms["ours fused graph"] < ms["ours fused"] < ms["ours"] < ms["peft r"]
+    assert ms["peft r"] < ms["peft R"] < ms["official"]
+    assert ms["ours"] < ms["addmm"] < ms["official"]
+    for variant, found in ms.items():
+        assert device("llama", 2048, variant) < found < device("llama", 4096, variant, "A100-80G")
+        assert (device("llama", 4096, variant, dropout=0.05) > found) == (variant != "frozen")
 
 
 def test_the_longer_of_device_and_host_counts():
-    small, large = (predict.step("smollm2", m, 8, "H100", "official") for m in (512, 16384))
+    small = predict.step("smollm2", 512, 8, "H100", "official")
     assert small.ms == small.host_ms > small.device_ms
-    assert small.host_ms == large.host_ms
     graph = predict.step("smollm2", 512, 8, "H100", "ours fused graph")
     assert graph.ms == graph.device_ms > graph.host_ms
-    assert predict.held(small)
-    assert not predict.held(graph)
-
-
-def test_a_cpu_does_the_work_itself(monkeypatch):
-    monkeypatch.setattr(predict, "this_cpu", lambda: predict.Card(2e10, 1e11))
-    found = predict.step("smollm2", 512, 8, "cpu", "frozen")
-    linears = predict.MODELS["smollm2-135m"].linears
-    flops = sum(4 * 512 * each.in_features * each.out_features for each in linears)
-    assert found.ms == found.host_ms > found.device_ms > 1e3 * flops / 1e11
-    assert found.host_ms - found.device_ms == pytest.approx(17 * 5e-3)  # dispatching 17 operators
-
-
-def test_biases_cost_no_pass():
-    q = predict.groups(predict.MODELS["qwen2.5-7b"].linears)[0]
-    assert [each.name for each in q] == ["q_proj", "k_proj", "v_proj"]
-    assert set(predict.BIASED) <= set(predict.MODELS)
-    found = predict.operations(predict.MODELS["qwen2.5-7b"], 512, 8, "ours fused")
-    reading = [op for group in found for op in group if any(t.name[0] == "b" for t in op.reads)]
-    assert len(reading) == 3
-    assert {op.kind for op in reading} == {"product"}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("argument", "change"),
     [
-        ({"model": "gpt"}, "model: expected one of llama-3.1-8b, .* got 'gpt'"),
-        ({"model": ""}, "model: expected one of"),
-        ({"card": "H200"}, "card: expected one of H100, .* got 'H200'"),
-        ({"variant": "theirs"}, "variant: expected one of frozen, .* got 'theirs'"),
-        ({"tokens": 0}, "tokens, rank: expected at least 1, got 0 and 8"),
-        ({"rank": 0}, "tokens, rank: expected at least 1, got 512 and 0"),
-        (
-            {"card": "cpu", "variant": "ours fused graph"},
-            "expected one that runs on a CPU, got 'ours",
-        ),
-        ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
+        ("model", {"model": "gpt"}),
+        ("card", {"card": "H200"}),
+        ("variant", {"variant": "theirs"}),
+        ("tokens", {"tokens": 0}),
+        ("dropout", {"dropout": 1.0}),
     ],
 )
-def test_bad_input(change, message):
+def test_bad_input(argument, change):
     good = {"model": "llama", "tokens": 512, "rank": 8, "card": "H100", "variant": "ours"}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{argument}"):
         predict.step(**(good | change))
-
-
-def test_a_product_whose_shapes_do_not_fit_is_refused():
-    wrong = passes.Variant(forward=(("Y# = X W#",),), backward=())
-    with pytest.raises(ValueError, match="Y0 = X W0: expected shapes that fit"):
-        passes.ops(wrong, [Linear("proj", 64, 48, "x")], Setting(8, 4, 0, 2))
 
 
 def test_this_machine_is_measured_beside_it(monkeypatch, capsys):

@@ -14,9 +14,11 @@ from tests.gpu.steps import check_layer
 from tests.helpers import linear_cases
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.cuda import assert_close
-from tests.helpers.operators import DTYPES, draw_mask, floor, shifted
+from tests.helpers.operators import draw_mask, floor, shifted
 
-HALVES = (torch.bfloat16, torch.float16)
+# Kernels of float16 are those of bfloat16 with another type, so a GPU alone runs both.
+FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.gpu)
+FLOATS = (torch.float32, torch.bfloat16, FLOAT16)
 
 
 def test_every_operator_has_a_compiled_kernel(device):
@@ -52,7 +54,7 @@ def test_layers_of_a_large_model(layer, dtype, device):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_tokens(tokens, dtype, device):
     width, out = (4096, 4096) if device == "cuda" else (32, 24)
     check_layer((tokens, width, out, 7, 32), dtype, device, 8)
@@ -61,7 +63,7 @@ def test_few_tokens(tokens, dtype, device):
 
 @pytest.mark.parametrize("place", range(7), ids=("x", "weight", "bias", "Ap", "Bp", "y", "U"))
 @pytest.mark.parametrize("tokens", [3, 1030])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_pieces_of_flat_buffers(tokens, place, dtype, device):
     """Outputs and gradients are right if a tensor starts 1, 2 or 4 elements into its memory."""
     tensors = linear_cases.draw((tokens, 64, 72, 16), dtype, device)
@@ -92,7 +94,7 @@ def skinny_products(x, weight, bias, Ap, Bp, grad, U, *mask):
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("sizes", SKINNY, ids=str)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16], ids=str)
 def test_skinny_products(sizes, dtype, dropout, device, monkeypatch):
     """The kernels' errors are at most twice cuBLAS's, and repeated results are bit-identical."""
     tensors = linear_cases.draw(sizes[device != "cuda"], dtype, device)
@@ -123,7 +125,7 @@ def rank_by_rank(U, Bp):
 
 
 @pytest.mark.parametrize(("tokens", "rank"), LARGE_RANKS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_tokens_of_a_large_rank(tokens, rank, dtype, device):
     sizes = (tokens, 1024, 1000, rank) if device == "cuda" else (tokens, 9, 6, rank)
     tensors = linear_cases.draw(sizes, dtype, device)

@@ -4,14 +4,12 @@
 Code for a GPU then runs from end to end. That tests neither kernels nor memory nor speed.
 
 With STAND_IN_KERNELS=1 in the environment, every operator reports a compiled kernel, and setup.py
-succeeds. Without it none does, and setup.py fails, whatever torch is installed. STAND_IN_BREAK
-names a function "module:attribute.attribute" that raises when called.
+succeeds. Without it none does, and setup.py fails, whatever torch is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import time
@@ -25,14 +23,14 @@ from torch.overrides import TorchFunctionMode
 from rasa_ext import ops
 from tests.helpers import forked
 
-PYTHON, KERNELS, BREAK = "STAND_IN_PYTHON", "STAND_IN_KERNELS", "STAND_IN_BREAK"
+PYTHON, KERNELS = "STAND_IN_PYTHON", "STAND_IN_KERNELS"
 
 
 def program(forked_python: Path, folder: Path) -> Path:
     """Write a Python program whose processes have the device, and return the path."""
     path = folder / "python"
     path.write_text(
-        f'#!/bin/sh\n{PYTHON}={path} exec {forked_python} -m tests.helpers.stand_in_cuda "$@"\n'
+        f'#!/bin/sh\n{PYTHON}={path} exec {forked_python} -m tests.benchmarks.stand_in_cuda "$@"\n'
     )
     path.chmod(0o755)
     return path
@@ -118,17 +116,6 @@ def install() -> None:
     torch._C._dispatch_has_kernel_for_dispatch_key = lambda *_: compiled
     if not compiled:
         os.environ["CUDA_HOME"] = "/nonexistent"  # which no build accepts
-    if os.environ.get(BREAK):
-        module, _, path = os.environ[BREAK].partition(":")
-        *owners, attribute = path.split(".")
-        owner = importlib.import_module(module)
-        for each in owners:
-            owner = getattr(owner, each)
-        setattr(owner, attribute, broken)
-
-
-def broken(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("broken for a test")
 
 
 def main() -> None:
