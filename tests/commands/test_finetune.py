@@ -1,30 +1,24 @@
-"""finetune: written files, and stopped runs that resume with identical results."""
+"""finetune: what is trained, the written files, a resumed run, and options that are refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from matplotlib.figure import Figure
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rasa_ext
-from rasa_ext.commands import callbacks, training
+from rasa_ext.commands import training
 from rasa_ext.commands.models import load_tokenizer
-from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.results import plot_loss
 from rasa_ext.writing import WriteError
 from tests.helpers.cli import invoke
@@ -37,40 +31,12 @@ from tests.helpers.finetuning import (
     read_metrics,
     run,
 )
-from tests.helpers.processes import torchrun
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import (
     CHATML,
     make_model,
-    make_tokenizer,
-    save_base,
-    sums,
     write_jsonl,
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    write_jsonl(directory / "train.jsonl", sums(22))
-    write_jsonl(directory / "test.jsonl", sums(40)[30:])
-    return directory
-
-
-def options_of(base: Path, files: Path, output: Path, **more) -> FinetuneOptions:
-    given = {"model": str(base), "data": str(files / "train.jsonl"), "output": str(output)}
-    return FinetuneOptions(**given, rank=4, dropout=0.1, lr=3e-3, batch_size=2, **more)
-
-
-@pytest.fixture
-def options(base, files, tmp_path) -> FinetuneOptions:
-    # 22 rows in batches of 2, two per step: the sixth step of an epoch has a single batch.
-    return options_of(base, files, tmp_path / "out", max_steps=9, grad_accum=2, dtype="float32")
 
 
 def test_a_run_learns_and_leaves_its_files(options, files):
@@ -144,189 +110,6 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(options, files, tm
     assert_same_runs(options.output, whole.output)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
-    """A run of 60 steps with the options that `command_stopped` uses."""
-    options = options_of(base, files, tmp_path_factory.mktemp("uninterrupted"), max_steps=60)
-    run(options)
-    return options
-
-
-def command_stopped(
-    python: Path, options: FinetuneOptions, number: signal.Signals
-) -> tuple[int, str]:
-    """Run the command, signal it after its second checkpoint; return exit code and output."""
-    config = Path(options.output).with_suffix(".yaml")
-    config.write_text(json.dumps(options.to_dict()))  # JSON is YAML
-    metrics = Path(options.output) / "metrics.jsonl"
-    process = subprocess.Popen(
-        [
-            *(python, "-c", "from rasa_ext.commands import main; main()"),
-            *("finetune", "--config", str(config)),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 13):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(number)
-        text, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return process.returncode, text
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path, forked_python):
-    output = tmp_path / "out"
-    options = dataclasses.replace(uninterrupted, output=str(output))
-    code, text = command_stopped(forked_python, options, number)
-    stopped_at = losses(output)[-1][0]
-    assert 12 <= stopped_at < 60, "it was not stopped in between"
-    resume = f"--config {output / 'finetune.yaml'} --resume"
-    if number == signal.SIGINT:
-        assert code == 130, text
-        assert checkpoints_in(output)[-1][0] == stopped_at
-        assert f"rasa-ext finetune {resume}" in text
-    else:
-        assert code == -signal.SIGKILL
-        assert checkpoints_in(output)[-1][0] < stopped_at
-
-    invoke("finetune", *resume.split())
-    assert_same_runs(output, uninterrupted.output)
-    rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))  # both runs
-    tokens = sum(row["tokens"] for row in rows)
-    assert summary["tokens_per_s"] == pytest.approx(tokens / summary["seconds"])
-
-
-def test_a_second_ctrl_c_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)  # ignored in a shell's background
-    handler = callbacks.InterruptCallback(Console(file=io.StringIO()))
-    with handler:
-        signal.raise_signal(signal.SIGINT)
-        assert handler.requested
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_output_and_resume_guard_each_other(options):
-    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*found none"):
-        run(options, resume=True)
-    run(options, max_steps=2)
-    told = r"output: .* checkpoints of an earlier run; pass --resume to .* --overwrite to replace"
-    with pytest.raises(ValueError, match=told):
-        run(options)
-    with pytest.raises(ValueError, match="overwrite: expected it without resume"):
-        run(options, resume=True, overwrite=True)
-
-
-def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(options):
-    output = options.output
-    make_model().save_pretrained(output)
-    before = content(output)
-    with pytest.raises(ValueError, match=f"output: .*{output} holds files; pass --overwrite"):
-        run(options)
-    assert content(output) == before
-    run(options, max_steps=1, overwrite=True)
-    assert not {"model.safetensors", "config.json"} & {path.name for path in Path(output).iterdir()}
-    rasa_ext.load_adapter(make_model(), output)
-
-
-def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
-    run(options, max_steps=5)
-    run(options, max_steps=2, overwrite=True)
-    assert [step for step, _ in checkpoints_in(Path(options.output))] == [1, 2]
-    assert [row[0] for row in losses(options.output)] == [1, 2]
-    record = (Path(options.output) / "finetune.yaml").read_text()
-    assert "overwrite" not in record  # or --config would replace it once more
-
-
-def test_a_run_that_replaces_another_keeps_none_of_the_chat_templates(options, tmp_path):
-    several = {"default": CHATML, "tool_use": CHATML}
-    for template in (several, None):
-        model = str(tmp_path / f"base-{template is None}")
-        make_model().save_pretrained(model)
-        make_tokenizer(template).save_pretrained(model)
-        run(options, model=model, max_steps=1, overwrite=True)
-        assert load_tokenizer(options.output).chat_template == template
-
-
-def test_the_base_is_not_replaced(options, base):
-    before = content(base)
-    with pytest.raises(ValueError, match="output: expected another directory than those of the"):
-        run(options, output=str(base), overwrite=True)
-    assert content(base) == before
-
-
-def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
-    run(options, max_steps=4)
-    output = Path(options.output)
-    last = checkpoints_in(output)[-1][1]
-    (last / "trainer_state.json").unlink()
-    result, text = run(options, max_steps=4, resume=True)
-    assert f"{last} is damaged." in text
-    assert f"Resuming from {last.parent / 'checkpoint-3'}" in " ".join(text.split())
-    assert result["step"] == 4
-
-
-def test_resuming_a_complete_run_changes_nothing(options):
-    run(options, max_steps=3)
-    record = Path(options.output) / "finetune.yaml"
-    before, recorded = losses(options.output), record.read_text()
-    stored = load_file(Path(options.output) / "adapter_model.safetensors")
-    result, text = run(options, max_steps=3, resume=True)
-    assert "is complete: 3 steps" in text
-    assert record.read_text() == recorded
-    assert result["step"] == 3
-    assert losses(options.output) == before
-    again = load_file(Path(options.output) / "adapter_model.safetensors")
-    assert all(torch.equal(stored[name], again[name]) for name in stored)
-
-
-def content(folder: str) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-
-
-def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, monkeypatch):
-    """Resuming with changed options is refused, and the output stays unchanged."""
-    run(options, max_steps=3)
-    before = content(options.output)
-    changes = {
-        "lr": 1e-4,
-        "warmup": 0.5,
-        "max_steps": 5,  # the learning rate depends on the number of steps
-        "epochs": 2.0,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "seed": 1,
-        "rank": 2,
-        "alpha": 4.0,
-        "dropout": 0.0,
-        "seq_len": 512,
-        "packing": True,
-        "template": False,
-        "eval_data": str(files / "test.jsonl"),
-        "data": str(files / "test.jsonl"),
-    }
-    for name, value in changes.items():
-        old = {**options.to_dict(), "max_steps": 3}[name]
-        told = f"{name} ({old!r} before, {value!r} now)"
-        with pytest.raises(ValueError, match=f"resume: .*{re.escape(told)}"):
-            run(options, **{"max_steps": 3, name: value}, resume=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"processes \(1 before, 2 now\)"):
-        run(options, max_steps=3, resume=True)
-    assert content(options.output) == before
-
-
 def test_a_chat_template_from_a_file(options, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML.replace("im_start", "turn"))
@@ -364,55 +147,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end_if_asked_for(options, tmp_path
     assert "is complete: 6 steps" in text
     assert again["eval_loss"] == held_out[best]
     assert (moved / name).read_bytes() == expected
-
-
-@pytest.mark.parametrize("held_out", [3, 5])
-def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path, forked_python):
-    """Every step has all four rows. The second process has none or one of the held-out rows."""
-    rows = [{"prompt": "what is ", "completion": "plus " * n} for n in (1, 2, 5, 9, 3)]
-    files = {"data": rows[:4], "eval_data": rows[-held_out:]}
-    given = {name: str(write_jsonl(tmp_path / name, each)) for name, each in files.items()}
-    given |= {"model": str(base), "rank": 4, "lr": 1e-2, "epochs": 2, "dtype": "float32"}
-    one, two = (str(tmp_path / name) for name in ("one", "two"))
-    result, _ = run(FinetuneOptions(**given, batch_size=4, output=one))
-    text = yaml.safe_dump({**given, "batch_size": 2, "output": two})
-    (tmp_path / "options.yaml").write_text(text)
-    text = torchrun(forked_python, "finetune.py", tmp_path)
-    assert text.count("step 2/2") == 1
-    assert [row["step"] for row in read_metrics(Path(two) / "metrics.jsonl")] == [0, 1, 2, 2]
-    assert losses(two) == [pytest.approx(row, rel=1e-4) for row in losses(one)]
-    again = json.loads((Path(two) / "summary.json").read_text())
-    for name in ("eval_loss_before", "eval_loss"):
-        assert again[name] == pytest.approx(result[name], rel=1e-4)
-    rasa_ext.load_adapter(make_model(), two)
-
-
-def test_an_interrupt_of_one_process_stops_both_after_the_same_step(
-    base, files, tmp_path, forked_python, monkeypatch
-):
-    options = options_of(base, files, tmp_path / "out", max_steps=8, dtype="float32", save_steps=6)
-    (tmp_path / "options.yaml").write_text(json.dumps(options.to_dict()))
-    monkeypatch.setenv("INTERRUPT_AFTER", "3")
-    with pytest.raises(AssertionError, match="exitcode  : 130") as stopped:
-        torchrun(forked_python, "finetune.py", tmp_path)
-    assert "Stopped after step 3 of 8. Continue in 2 processes with:" in str(stopped.value)
-    assert [step for step, _ in checkpoints_in(tmp_path / "out")] == [3]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
-
-
-def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
-    data = write_jsonl(tmp_path / "data.jsonl", sums(8))
-    run(options, max_steps=1, data=str(data))
-    write_jsonl(data, sums(9)[1:])
-    with pytest.raises(ValueError, match=r"resume: .* other options: sha256_of_data \('\w+' bef"):
-        run(options, max_steps=1, data=str(data), resume=True)
-
-
-def test_what_no_step_depends_on_may_change(options, tmp_path):
-    run(options, max_steps=2)
-    moved = Path(options.output).rename(tmp_path / "moved")
-    text = run(options, max_steps=2, output=str(moved), gradient_checkpointing=True, resume=True)[1]
-    assert "is complete: 2 steps" in text
 
 
 def test_gradient_checkpointing_changes_no_loss(options, tmp_path, monkeypatch):

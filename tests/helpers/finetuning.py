@@ -37,6 +37,12 @@ def run(options: FinetuneOptions, given: Any = None, **changes: Any) -> tuple[di
     return result, text.getvalue()
 
 
+def small_options(base: Path, files: Path, output: Path, **more: Any) -> FinetuneOptions:
+    """Return options of a run with dropout over the fixtures ``base`` and ``files``."""
+    given = {"model": str(base), "data": str(files / "train.jsonl"), "output": str(output)}
+    return FinetuneOptions(**given, rank=4, dropout=0.1, lr=3e-3, batch_size=2, **more)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
