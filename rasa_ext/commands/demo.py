@@ -108,7 +108,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
 
     def answers() -> list[str]:
         with working(f"Answering {len(test)} held-out problems"):
-            return greedy_answers(model, tokenizer, prompts, size.max_new_tokens, batch_size=20)
+            return greedy_answers(model, tokenizer, prompts, size.max_new_tokens, len(prompts))
 
     before = answers()
     options = FinetuneOptions(
