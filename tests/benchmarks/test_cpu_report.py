@@ -44,7 +44,7 @@ def test_the_plan_fits_a_quarter_of_an_hour(tmp_path):
 
 def test_an_unknown_stage_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cpu_report", "--out", str(tmp_path), "--only", "nothing"])
-    with pytest.raises(SystemExit, match=r"--only: expected some of .*'layer'.*got .*'nothing'"):
+    with pytest.raises(SystemExit, match=r"^--only: "):
         cpu_report.main()
 
 

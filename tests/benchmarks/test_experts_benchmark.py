@@ -61,5 +61,5 @@ def test_experts_that_compute_something_else_are_not_timed(tensor, monkeypatch):
     with torch.no_grad():
         getattr(module.stacks()["down_proj"], tensor)[0] *= 1.1
     monkeypatch.setattr(case, "_merged", lambda module: merged)
-    with pytest.raises(RuntimeError, match=r"shared differs from W \+ dW in out by"):
+    with pytest.raises(RuntimeError, match=r"^shared "):
         case.verify("shared", module)

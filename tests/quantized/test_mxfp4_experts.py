@@ -13,23 +13,24 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 import rasa_ext
 from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.peft import RasaConfig
-from tests.helpers import experts, mxfp4
+from tests.helpers import experts
 from tests.helpers.layouts import excesses_over_experts, step_over_experts
 from tests.helpers.peft import trained
 from tests.helpers.quantized import TOKENS
 from tests.helpers.trainers import train_by_sft
+from tests.quantized import gpt_oss
 
 STACKS = ("gate_up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return mxfp4.write_gpt_oss(tmp_path_factory.mktemp("gpt-oss"))
+    return gpt_oss.write_gpt_oss(tmp_path_factory.mktemp("gpt-oss"))
 
 
 @pytest.fixture
 def packed(folder):
-    model = mxfp4.packed(folder)
+    model = gpt_oss.packed(folder)
     assert isinstance(model.model.layers[0].mlp.experts, Mxfp4GptOssExperts)
     return model
 
@@ -39,7 +40,7 @@ def patched(model, **options):
 
 
 def test_the_numbers_are_transformers(packed, folder):
-    wide = mxfp4.dense(folder)
+    wide = gpt_oss.dense(folder)
     for layer, other in zip(packed.model.layers, wide.model.layers, strict=True):
         for name in STACKS:
             stack = packed_experts(layer.mlp.experts, name)
@@ -53,8 +54,8 @@ def test_the_numbers_are_transformers(packed, folder):
 @pytest.mark.parametrize("grouping", ["shared", "slot", None])
 def test_gradients(folder, grouping, dtype, figure):
     """Gradients of all layers match those over dequantized experts, adapted or not."""
-    wide = mxfp4.dense(folder, dtype)
-    packed = mxfp4.packed(folder, dtype=dtype)
+    wide = gpt_oss.dense(folder, dtype)
+    packed = gpt_oss.packed(folder, dtype=dtype)
     double = copy.deepcopy(wide).double()
     bad, ratio = excesses_over_experts(double, wide, packed, grouping, TOKENS)
     figure(f"gpt-oss in MXFP4, {dtype}, experts {grouping}: error {ratio:.2f} times a dense base's")
@@ -92,7 +93,7 @@ def test_files_and_unpatching(packed, folder, tmp_path):
     model = patched(packed, experts="shared").eval()
     rows = rasa_ext.summary(model).formats
     assert rows == {"Mxfp4GptOssExperts, mxfp4, 4 bits": 4}
-    wide = mxfp4.dense(folder)
+    wide = gpt_oss.dense(folder)
     with rasa_ext.disable_adapter(model):
         torch.testing.assert_close(model(TOKENS).logits, wide(TOKENS).logits)
     experts.randomize(model)
