@@ -15,19 +15,6 @@ from benchmarks.linears import Case
 from benchmarks.passes import Setting
 from benchmarks.shapes import Linear, single
 
-IDEAL = predict.Assumptions(
-    base_rate=800 / 989.4,
-    skinny_rate=1,
-    skinny_read=1,
-    skinny_write=1,
-    kernel=1,
-    kernel_rate=1,
-    stream=1,
-    hidden=1,
-    l2=0,
-    launch_us=0,
-)
-
 
 def one(variant: str, tokens: int, **setting) -> list[passes.Op]:
     """Return the operators of a linear from 64 to 48 features with R = 7 + 9."""
@@ -96,28 +83,6 @@ def test_the_bytes_of_the_kernels():
     assert wide.count("both") == 0
     assert wide.count("down") == wide.count("grad") == 2
     assert not set(passes.KERNELS) & {op.kind for op in one("ours", M, rank=161, kernels=True)}
-
-
-@pytest.mark.parametrize("tokens", [4096, 8192])
-def test_the_floor_is_the_one_counted_by_hand(tokens):
-    """Under ideal assumptions, RaSA adds six passes over the tokens to the base's products."""
-    linears = predict.MODELS["llama-3.1-8b"].linears
-    base = sum(4 * tokens * each.in_features * each.out_features for each in linears) / 800e12
-    six = sum(3 * 2 * tokens * (each.in_features + each.out_features) for each in linears) / 3.35e12
-    sums = 3 * 3 * 2 * tokens * 4096 / 3.35e12  # sums of dx of q, k, v and of gate, up
-    found = {
-        variant: predict.timed(
-            predict.operations(predict.MODELS["llama-3.1-8b"], tokens, 8, variant),
-            variant,
-            predict.CARDS["H100"],
-            IDEAL,
-        ).device_ms
-        for variant in ("frozen", "ours cublas")
-    }
-    assert found["frozen"] == pytest.approx(1e3 * (base + sums), rel=1e-3)
-    # U, H, weights and weight-space work add at most a fortieth.
-    assert found["ours cublas"] == pytest.approx(1e3 * (base + six + sums), rel=0.025)
-    assert found["ours cublas"] > 1e3 * (base + six + sums)
 
 
 def test_launches_of_a_decoder_layer():
