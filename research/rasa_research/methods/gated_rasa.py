@@ -119,9 +119,8 @@ class GatedRasaConfig(RasaConfig):
         slots = own.get("slots")
         if slots is None or not pool:
             return super().factors(own, pool, spec)
-        rows = (pool["A"], pool["B"].transpose(-1, -2))
-        A_pool, B_pool = (each.index_select(-2, slots) for each in rows)
-        return Factors(own["A"], A_pool, own["B"], B_pool.transpose(-1, -2), own["d"])
+        A_pool, B_pool = pool["A"].index_select(-2, slots), pool["B"].index_select(-1, slots)
+        return Factors(own["A"], A_pool, own["B"], B_pool, own["d"])
 
     def ranks_at(self, spec: LayerSpec) -> tuple[int, int]:
         """Return a layer's numbers of private and pooled ranks, after any pruning."""
@@ -421,8 +420,8 @@ def prune(model: nn.Module) -> tuple[int, int]:
             left[layer] = _pruned(layer, config, slots)
             kept[name] = (left[layer]["A"].shape[0], len(left[layer]["slots"]), len(slots))
         if isinstance(owner, RasaPool):
-            rows = {"A": owner.A[slots], "B": owner.B.t()[slots].t()} if len(slots) else {}
-            left[owner] = {name: nn.Parameter(tensor) for name, tensor in rows.items()}
+            rows = {"A": owner.A[slots], "B": owner.B[:, slots]} if len(slots) else {}
+            left[owner] = {name: nn.Parameter(t.contiguous()) for name, t in rows.items()}
     replace_tensors(model, dataclasses.replace(config, kept=kept), left)
     return before, max(layer.effective_rank for layer in layers.values())
 
@@ -449,7 +448,7 @@ def _pruned(layer: RasaLinear, config: GatedRasaConfig, slots: Tensor) -> dict[s
     where = torch.searchsorted(slots.to(layer.d.device), _slots(layer)[pooled])
     return {
         "A": nn.Parameter(layer.A[private]),
-        "B": nn.Parameter(layer.B.t()[private].t()),
+        "B": nn.Parameter(layer.B[:, private].contiguous()),
         "d": nn.Parameter(layer.d[left]),
         "slots": where,
     }

@@ -81,11 +81,12 @@ class ResLoraConfig(AdapterConfig):
         """Return the layer's LoRA, the LoRAs before it as the pool, and s for every rank."""
         window = range(spec.index, max(spec.index - self.window, 0) - 1, -1)
         A, *before = (pool[f"A{i}"] for i in window)
-        B, *up = (pool[f"B{i}"].t() for i in window)
+        B, *up = (pool[f"B{i}"] for i in window)
         d = A.new_full((len(window) * self.rank,), self.alpha / self.rank)
         if not before:
-            return Factors(A, None, B.t(), None, d)
-        return Factors(A, torch.cat(before), B.t(), torch.cat(up).t(), d)
+            # A view: packs of a group expect computed factors of all its layers, or of none.
+            return Factors(A, None, B.view_as(B), None, d)
+        return Factors(A, torch.cat(before), B, torch.cat(up, 1), d)
 
 
 document_fields(ResLoraConfig)

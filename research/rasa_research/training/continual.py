@@ -110,7 +110,7 @@ def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
             changed[layer] = own | {
                 "norms": own["norms"][:-1].clone(),
                 "stack_A": own["stack_A"][:keep].clone(),
-                "stack_B": own["stack_B"].t()[:keep].clone().t(),
+                "stack_B": own["stack_B"][:, :keep].clone(memory_format=torch.contiguous_format),
             }
         m = (members[0].own_tensors() | members[0].pool_tensors())["m"]
         m = nn.Parameter(torch.cat((m[:-2] + m[-2] * c.to(m), m[-1:])))
