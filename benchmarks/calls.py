@@ -41,9 +41,9 @@ def adapters(linear: Linear, layers: int, rank: int, k: int, device: str):
         return torch.randn(shape, device=device) / shape[-1] ** 0.5
 
     A = [draw(own, linear.in_features) for _ in range(layers)]
-    B = [draw(own, linear.out_features).t() for _ in range(layers)]
+    B = [draw(linear.out_features, own) for _ in range(layers)]
     d = [draw(own + pooled) for _ in range(layers)]
-    return A, draw(pooled, linear.in_features), B, draw(pooled, linear.out_features).t(), d
+    return A, draw(pooled, linear.in_features), B, draw(linear.out_features, pooled), d
 
 
 def one_linear(linear: Linear, adapter, M: int, dtype: torch.dtype, device: str) -> list[Call]:

@@ -56,9 +56,9 @@ def _pack_backward(
     downs: Any, ups: Any, B: list[Tensor], B_pool: Tensor, d: list[Tensor]
 ) -> tuple[Tensor, ...]:
     # In the parameters' layout, so that autograd uses them without a copy.
-    dA, dB = (d[0].new_empty((len(B), *B[0].t().shape)) for _ in range(2))
-    dA_pool, dB_pool = (torch.empty_like(B_pool.t()) for _ in range(2))
-    return dA, dA_pool, dB.mT, dB_pool.t(), d[0].new_empty((len(d), *d[0].shape))
+    dA, dB = (d[0].new_empty((len(B), *shape)) for shape in (B[0].shape[::-1], B[0].shape))
+    dA_pool = B_pool.new_empty(B_pool.shape[::-1])
+    return dA, dA_pool, dB, torch.empty_like(B_pool), d[0].new_empty((len(d), *d[0].shape))
 
 
 # Operators that compute nothing, and heuristics that choose as on a GPU.

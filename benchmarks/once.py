@@ -38,9 +38,9 @@ LAYERS = 3
 def adapter(shape: tuple[int, ...]) -> tuple:
     """Return A, A_pool, B, B_pool and d of LAYERS layers, in float32 on the CPU."""
     _, width, out, own, pooled = shape
-    A, B = torch.randn(LAYERS, own, width), torch.randn(LAYERS, own, out).transpose(1, 2)
+    A, B = torch.randn(LAYERS, own, width), torch.randn(LAYERS, out, own)
     d = torch.randn(LAYERS, own + pooled)
-    return list(A), torch.randn(pooled, width), list(B), torch.randn(pooled, out).t(), list(d)
+    return list(A), torch.randn(pooled, width), list(B), torch.randn(out, pooled), list(d)
 
 
 def weight_space(functions, dtype: torch.dtype, tensors: dict) -> dict[str, object]:

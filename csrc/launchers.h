@@ -12,8 +12,6 @@
 // alignment give equal bits. 16-byte accesses are used if all rows are 16-byte aligned, so
 // alignment affects only speed and the order of a sum.
 //
-// Every rank is a row: users see the transposes of B (own, out) and B_pool (pooled, out).
-//
 // Dtypes: `param` is the dtype of A, A_pool, B, B_pool, d and their gradients, `dtype` the dtype of
 // the computation. Each is float32, float16 or bfloat16; or both are float64, except in decode.
 #pragma once
@@ -43,13 +41,13 @@ constexpr int kLayersByValue = 32;
 
 struct PackLayer {
   const void* A;  // (own, in) param
-  const void* B;  // (own, out) param
+  const void* B;  // (out, own) param
   const void* d;  // (own + pooled,) param; null means ones
 };
 
 struct PackGroup {
   const void* A_pool;  // (pooled, in) param
-  const void* B_pool;  // (pooled, out) param
+  const void* B_pool;  // (out, pooled) param
   void* Ap;            // (layers, Rp, in) dtype, written
   void* Bp;            // (layers, Rp, out) dtype, written
   int layers;          // at most 65535
@@ -58,7 +56,7 @@ struct PackGroup {
   int Rp;
 };
 
-// Computes Ap = [A ; A_pool] and Bp = diag(d) [B ; B_pool] of every layer, cast, with zeros from
+// Computes Ap = [A ; A_pool] and Bp = diag(d) [B | B_pool]^T of every layer, cast, with zeros from
 // rank R to Rp, in one launch. `host` (layers,) is read before the call returns; `device` is the
 // same table in device memory, or null for up to kLayersByValue layers.
 void launch_pack(const PackGroup& group, const PackLayer* host, const PackLayer* device,
@@ -67,25 +65,25 @@ void launch_pack(const PackGroup& group, const PackLayer* host, const PackLayer*
 struct PackBackwardLayer {
   const void* dAp;  // (Rp, in) accumulation(param): float32, or float64 if param is
   const void* dBp;  // (Rp, out) accumulation(param)
-  const void* B;    // (own, out) param
+  const void* B;    // (out, own) param
   const void* d;    // (own + pooled,) param; null means ones
 };
 
 // Without dAp, in is 0. Without dBp, out is 0 and dd is null.
 struct PackBackwardGroup {
-  const void* B_pool;  // (pooled, out) param
+  const void* B_pool;  // (out, pooled) param
   void* dA;            // (layers, own, in) param, written
   void* dA_pool;       // (pooled, in) param, written: summed over the layers in order
-  void* dB;            // (layers, own, out) param, written
-  void* dB_pool;       // (pooled, out) param, written: summed over the layers in order
+  void* dB;            // (layers, out, own) param, written
+  void* dB_pool;       // (out, pooled) param, written: summed over the layers in order
   void* dd;            // (layers, own + pooled) param, written; null if it is not wanted
   int layers;
   int in, out;
   int own, pooled;
 };
 
-// Computes dB_j = d_j dBp_j and dd_j = <[B ; B_pool]_j, dBp_j> for every row j of every layer; dA
-// and dA_pool are rows of dAp. Takes one launch, with tables as in launch_pack.
+// Computes columns dB_j = d_j dBp_j and dd_j = <[B | B_pool]_j, dBp_j> for every rank j of every
+// layer; dA and dA_pool are rows of dAp. Takes one launch, with tables as in launch_pack.
 void launch_pack_backward(const PackBackwardGroup& group, const PackBackwardLayer* host,
                           const PackBackwardLayer* device, DType param, Stream stream);
 

@@ -20,10 +20,6 @@ class Operands {
     return kept_.back().data_ptr();
   }
   const void* data(const std::optional<Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
-  // For B and B_pool, which kernels read with ranks as rows.
-  const void* transposed_data(const std::optional<Tensor>& matrix) {
-    return matrix ? data(transposed(*matrix)) : nullptr;
-  }
 
  private:
   DType dtype_;
@@ -79,14 +75,14 @@ std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
     checks.like("A[i]", A[i], {own, in});
     checks.like("B[i]", B[i], {out, own});
     if (!d.empty()) checks.like("d[i]", d[i], {own + pooled});
-    layers.push_back({operands.data(A[i]), operands.transposed_data(B[i]),
-                      d.empty() ? nullptr : operands.data(d[i])});
+    layers.push_back(
+        {operands.data(A[i]), operands.data(B[i]), d.empty() ? nullptr : operands.data(d[i])});
   }
   const int64_t count = static_cast<int64_t>(A.size());
   const int64_t Rp = (own + pooled + multiple - 1) / multiple * multiple;
   const Tensor Ap = empty(A[0], {count, Rp, in}, made), Bp = empty(A[0], {count, Rp, out}, made);
   const PackGroup group{operands.data(A_pool),
-                        operands.transposed_data(B_pool),
+                        operands.data(B_pool),
                         Ap.data_ptr(),
                         Bp.data_ptr(),
                         static_cast<int>(count),
@@ -136,15 +132,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
     if (up) check_grad("dBp[i]", dBp[i], out);
     if (!d.empty()) checks.like("d[i]", d[i], {rank});
     layers.push_back({down ? grads.data(dAp[i]) : nullptr, up ? grads.data(dBp[i]) : nullptr,
-                      operands.transposed_data(B[i]), d.empty() ? nullptr : operands.data(d[i])});
+                      operands.data(B[i]), d.empty() ? nullptr : operands.data(d[i])});
   }
   const auto result = [&](bool given, std::initializer_list<int64_t> sizes) {
     return given ? empty(B[0], sizes, param) : nothing(B[0], param);
   };
   const Tensor dA = result(down, {count, own, in}), dA_pool = result(down, {pooled, in});
-  const Tensor dB = result(up, {count, own, out}), dB_pool = result(up, {pooled, out});
+  const Tensor dB = result(up, {count, out, own}), dB_pool = result(up, {out, pooled});
   const Tensor dd = result(dots, {count, rank});
-  const PackBackwardGroup group{operands.transposed_data(B_pool),
+  const PackBackwardGroup group{operands.data(B_pool),
                                 dA.data_ptr(),
                                 dA_pool.data_ptr(),
                                 dB.data_ptr(),
@@ -159,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
   launch_pack_backward(group, layers.data(), static_cast<const PackBackwardLayer*>(data_of(table)),
                        param, device.stream());
   device.check_launch(op);
-  return {dA, dA_pool, up ? transposed_layers(dB) : dB, up ? transposed(dB_pool) : dB_pool, dd};
+  return {dA, dA_pool, dB, dB_pool, dd};
 }
 
 }  // namespace rasa_ext

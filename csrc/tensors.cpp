@@ -222,15 +222,6 @@ Tensor dense(const Tensor& tensor, DType dtype) {
   return result;
 }
 
-Tensor transposed(const Tensor& matrix) {
-  return view_of(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)}, 0);
-}
-
-Tensor transposed_layers(const Tensor& stacked) {
-  const auto sizes = stacked.sizes(), strides = stacked.strides();
-  return view_of(stacked, {sizes[0], sizes[2], sizes[1]}, {strides[0], strides[2], strides[1]}, 0);
-}
-
 Tensor layer_of(const Tensor& stacked, int64_t layer) {
   const auto sizes = stacked.sizes(), strides = stacked.strides();
   return view_of(stacked, {sizes.begin() + 1, sizes.end()}, {strides.begin() + 1, strides.end()},

@@ -78,14 +78,8 @@ Tensor batch_operand(const Tensor& stacked, DType dtype);
 // Returns the tensor if it has the dtype and is contiguous, else a copy.
 Tensor dense(const Tensor& tensor, DType dtype);
 
-// Views a matrix with rows and columns exchanged.
-Tensor transposed(const Tensor& matrix);
-
 // Returns a view of stacked[layer].
 Tensor layer_of(const Tensor& stacked, int64_t layer);
-
-// Views (L, rows, cols) as (L, cols, rows).
-Tensor transposed_layers(const Tensor& stacked);
 
 // Throws unless the argument `name` has 1 to 65535 layers, the limit of one launch, and the
 // argument `other` has as many.

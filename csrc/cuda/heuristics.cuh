@@ -28,14 +28,22 @@ __host__ __device__ __forceinline__ constexpr int pieces_of(int width) {
   return (width + kPiece - 1) / kPiece;
 }
 
-// Bytes of a row of dBp that a thread of pack_backward takes at a time, with the matching elements
-// of B. A block has 4096 float32 elements in flight, which is a row of many models. One block takes
-// a whole row, so that dd needs no second kernel to add up partial sums.
+// Ranks of a tile of B, in which ranks are columns: eight float32 are a sector of 32 bytes, the
+// least that memory gives. A warp takes each rank.
+constexpr int kRanks = kStreamThreads / 32;
+
+// Ranks of a block of pack_backward that computes dd. It takes whole rows of dBp, so that dd needs
+// no second kernel to add up partial sums. Eight ranks would leave the fewest sectors of B half
+// used, but a single layer of 39 ranks only 5 blocks.
+constexpr int kDotRanks = 4;
+
+// Bytes of a row of dBp that a thread of such a block takes at a time, with the matching elements
+// of B: a block has 4096 float32 elements of each in flight.
 constexpr int kDotBytes = 64;
 
-// Blocks of pack_backward that must fit on a multiprocessor: this allows 80 registers per thread.
-// With 64, float64 spills the elements in flight.
-constexpr int kGradBlocks = 3;
+// Blocks of pack_backward that must fit on a multiprocessor: this allows 128 registers per thread.
+// With 80, elements in flight are spilled. Two blocks have 64 KB in flight, more than latency needs.
+constexpr int kGradBlocks = 2;
 
 // Most tokens that decode takes.
 constexpr int kDecodeTokens = 16;

@@ -89,6 +89,12 @@ __device__ __forceinline__ void store_aligned(void* to, const V& value) {
   }
 }
 
+// Stores to shared memory.
+template <typename V>
+__device__ __forceinline__ void put_aligned(void* to, const V& value) {
+  *static_cast<V*>(to) = value;
+}
+
 // ---- Tensor cores, from sm_80 on ----
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
@@ -212,6 +218,11 @@ template <typename V>
 void store_aligned(void* to, const V& value) {
   emulation::check_alignment(to, sizeof(V));
   std::memcpy(to, &value, sizeof(V));
+}
+
+template <typename V>
+void put_aligned(void* to, const V& value) {
+  store_aligned(to, value);
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {

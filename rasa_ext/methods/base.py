@@ -416,10 +416,9 @@ def fresh_A(
 def fresh_B(
     rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
 ) -> nn.Parameter:
-    """Make B (*experts, out, rank) of zeros, stored by ranks, so that packing copies rows."""
-    shape = (*experts, rank, spec.out_features)
-    zeros = torch.zeros(shape, dtype=dtype, device=spec.device)
-    return nn.Parameter(zeros.transpose(-1, -2))
+    """Make B (*experts, out, rank) of zeros."""
+    shape = (*experts, spec.out_features, rank)
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=spec.device))
 
 
 def checked_integer(name: str, value: Any) -> int:

@@ -89,8 +89,8 @@ def pack_experts_backward(
                 dots.append(torch.linalg.vecdot(dBp[:, own:], B_pool.transpose(1, 2)))
             dd = torch.cat(dots, 1).to(d.dtype)
             dBp.mul_(d.unsqueeze(2))
-        dB = dBp[:, :own].transpose(1, 2)
-        dB_pool = None if B_pool is None else dBp[:, own:].transpose(1, 2)
+        dB = dBp[:, :own].mT.contiguous()
+        dB_pool = None if B_pool is None else dBp[:, own:].mT.contiguous()
     return dA, dA_pool, dB, dB_pool, dd
 
 

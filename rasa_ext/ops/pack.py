@@ -4,9 +4,9 @@ One call packs the L layers of a group, which share A_pool and B_pool. Symbols: 
 features, R = r - k + L*k the effective rank, Rp = R rounded up to ``multiple`` (the rows beyond R
 are zero).
 
-Every rank is a row. A (r-k, in) and A_pool (L*k, in) already have this layout; B (out, r-k) and
-B_pool (out, L*k) are best stored by ranks, as the transposed view of an (r-k, out) tensor. Other
-strides are correct but slower. A_pool and B_pool are both None or both given.
+In a pack every rank is a row: A (r-k, in) and A_pool (L*k, in) are copied, B (out, r-k) and B_pool
+(out, L*k) transposed. Parameters may have any strides; a GPU copies those that are not contiguous.
+A_pool and B_pool are both None or both given.
 """
 
 from __future__ import annotations
@@ -71,31 +71,31 @@ def pack_group(
     if d:
         wide = torch.promote_types(torch.promote_types(B[0].dtype, d[0].dtype), dtype)
         D = torch.stack(list(d)).unsqueeze(-1).to(wide)
-    up = None if B_pool is None else B_pool.t()
-    return _rows(A, A_pool, None, dtype, multiple), _rows(
-        [each.t() for each in B], up, D, dtype, multiple
+    up = None if B_pool is None else B_pool.t().contiguous()  # once, not for every layer
+    return _rows(torch.stack(list(A)), A_pool, None, dtype, multiple), _rows(
+        torch.stack(list(B)).mT, up, D, dtype, multiple
     )
 
 
 def _rows(
-    own: Sequence[Tensor],
+    own: Tensor,
     pool: Tensor | None,
     D: Tensor | None,
     dtype: torch.dtype,
     multiple: int,
 ) -> Tensor:
     """Return [own ; pool ; 0] (L, Rp, width) of every layer in ``dtype``, scaled by D (L, R, 1)."""
-    ranks, width = own[0].shape
+    layers, ranks, width = own.shape
     rank = ranks + (0 if pool is None else len(pool))
-    rows = own[0].new_empty((len(own), -(-rank // multiple) * multiple, width), dtype=dtype)
+    rows = own.new_empty((layers, -(-rank // multiple) * multiple, width), dtype=dtype)
     rows[:, rank:] = 0
     mine, shared = rows[:, :ranks], rows[:, ranks:rank]
     if D is None:
-        mine.copy_(torch.stack(list(own)))
+        mine.copy_(own)
         if pool is not None:
             shared.copy_(pool)
         return rows
-    torch.mul(torch.stack(list(own)), D[:, :ranks], out=mine)
+    torch.mul(own, D[:, :ranks], out=mine)
     if pool is not None:
         torch.mul(pool, D[:, ranks:], out=shared)
     return rows
@@ -116,7 +116,7 @@ def pack_group_backward(
 
     dA (L, r-k, in) is rows of dAp; dB (L, out, r-k) is diag(d) dBp; dd (L, R) is <B[:, j], dBp[j]>
     for every rank j. dA_pool (L*k, in) and dB_pool (out, L*k) are summed over the layers, in a
-    fixed order. dB and dB_pool are stored by ranks.
+    fixed order. All results are contiguous.
 
     dAp holds a matrix (Rp, in) for each layer, and dBp (Rp, out), in the accumulation dtype. Each
     list may be empty; the results that come from it then have no elements. So has dd if d is empty.
@@ -132,13 +132,15 @@ def pack_group_backward(
         wide = up.dtype
         if d:
             # Row-wise dot products take a fraction of the time of one-row matrix products.
-            dots = [torch.linalg.vecdot(up[:, :own], torch.stack([b.t() for b in B]).to(wide))]
+            dots = [torch.linalg.vecdot(up[:, :own], torch.stack(list(B)).mT.to(wide))]
             if B_pool is not None:
-                dots.append(torch.linalg.vecdot(up[:, own:], B_pool.t().to(wide)))
+                dots.append(torch.linalg.vecdot(up[:, own:], B_pool.t().contiguous().to(wide)))
             dd = torch.cat(dots, 1).to(dtype)
             up *= torch.stack(list(d)).unsqueeze(-1)
-        dB = up[:, :own].to(dtype, copy=True).transpose(1, 2)
-        dB_pool = up[:, own:].sum(0).to(dtype).t()
+        dB, dB_pool = (
+            each.mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for each in (up[:, :own], up[:, own:].sum(0))
+        )
     return dA, dA_pool, dB, dB_pool, dd
 
 

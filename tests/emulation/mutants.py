@@ -24,6 +24,7 @@ FILES = {
     "pack_backward.cuh": ("pack_backward",),
     "pack_backward.cu": ("pack_backward",),
     "layers.cuh": ("pack", "pack_backward"),
+    "tile.cuh": ("pack", "pack_backward"),
     "decode.cuh": ("decode",),
     "decode.cu": ("decode",),
     "skinny.cuh": ("skinny",),

@@ -14,7 +14,6 @@ REASONS: list[tuple[str, str, str, str]] = [
     ("layers.cuh", "count > kLayersByValue", "count >= kLayersByValue", BY_VALUE),
     ("pack_backward.cuh", "begin < out; begin +=", "begin <= out", LAST_TURN),
     ("pack_backward.cu", "group.out > 0", "group.out >= 0", EXTRA_BLOCK),
-    ("pack_backward.cu", "if (group.layers > 1)", "if (group.layers >= 1)", EXTRA_BLOCK),
     ("decode.cuh", "m < tokens", "m <= tokens", GUARDED),
     ("decode.cuh", "j < Rp; j +=", "j <= Rp", LAST_TURN),
     ("dropout.cuh", "start < kDropoutBytes", "start <= k", "the next warp's work, as well"),

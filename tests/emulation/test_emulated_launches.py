@@ -37,8 +37,8 @@ def packing(
 ) -> tuple[tuple, tuple[Tensor, Tensor]]:
     """Return the arguments of ``kernels.pack``, and the packs that it will write.
 
-    ``sizes`` are in, out, private ranks, pool ranks and Rp. B and B_pool are stored by ranks; the
-    adapters share the first one's pool.
+    ``sizes`` are in, out, private ranks, pool ranks and Rp. The adapters share the first
+    one's pool.
     """
     width, out, *_, Rp = sizes
     made = tuple(torch.empty(len(adapters), Rp, size, dtype=dtype) for size in (width, out))
@@ -54,7 +54,7 @@ def backward(
     """Return the arguments of ``kernels.pack_backward``, and the gradients that it will write."""
     width, out, own, pooled, _ = sizes
     count = len(adapters)
-    shapes = (count, own, width), (pooled, width), (count, own, out), (pooled, out)
+    shapes = (count, own, width), (pooled, width), (count, out, own), (out, pooled)
     found = tuple(map(torch.empty, (*shapes, (count, own + pooled))))
     layers = [
         kernels.PackBackwardLayer(*map(address, (*grads, each.B, each.d)))

@@ -37,15 +37,13 @@ def pack(A, A_pool, B, B_pool, d, dtype, multiple=1) -> tuple[Tensor, Tensor]:
 
 
 def draw_adapter(width, out, own, pooled, device="cpu", dtype=torch.float32) -> Adapter:
-    """Draw an adapter, with B stored by ranks; without a pool if ``pooled`` is None."""
+    """Draw an adapter; without a pool if ``pooled`` is None."""
 
     def draw(*shape):
         return torch.randn(*shape, dtype=dtype, device=device)
 
-    pools = (None, None) if pooled is None else (draw(pooled, width), draw(pooled, out).t())
-    return Adapter(
-        draw(own, width), pools[0], draw(own, out).t(), pools[1], draw(own + (pooled or 0))
-    )
+    pools = (None, None) if pooled is None else (draw(pooled, width), draw(out, pooled))
+    return Adapter(draw(own, width), pools[0], draw(out, own), pools[1], draw(own + (pooled or 0)))
 
 
 def random_mask(x: Tensor) -> Tensor:

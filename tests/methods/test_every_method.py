@@ -76,6 +76,14 @@ def test_saved_and_loaded(name, tmp_path):
     assert trained >= sum(p.requires_grad for p in model.parameters())
 
 
+def test_tensors_and_gradients_are_contiguous(name, tmp_path):
+    model = case(name)
+    rasa_ext.save_adapter(model, tmp_path)
+    for each in (model, rasa_ext.load_adapter(base(), tmp_path)):
+        assert all(map(torch.Tensor.is_contiguous, each.state_dict().values()))
+        assert all(map(torch.Tensor.is_contiguous, gradients(each, each(inputs()))))
+
+
 def test_merged_and_unmerged(name):
     model, x = case(name).eval(), inputs()
     before = copy.deepcopy(dict(model.state_dict()))

@@ -1,4 +1,4 @@
-"""B is stored by ranks, and results do not change if other code changes the strides."""
+"""Parameters and gradients are contiguous, and results do not change with other strides."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
@@ -24,23 +25,22 @@ from tests.helpers.adapters import (
     through_file,
 )
 from tests.helpers.models import LLAMA, SEQUENTIAL
+from tests.helpers.operators import columns
 
 
-def ups(model: nn.Module) -> list[torch.Tensor]:
-    """List every B, including pools, in which both dimensions are larger than one."""
-    found = [t for each in adapters(model).values() for t in (each.B, each.B_pool)]
-    return [t for t in found if t is not None and min(t.shape) > 1]
+def is_contiguous(model: nn.Module) -> bool:
+    assert adapters(model)
+    return all(map(torch.Tensor.is_contiguous, model.state_dict().values()))
 
 
-def by_ranks(model: nn.Module) -> bool:
-    assert ups(model)
-    return all(t.t().is_contiguous() for t in ups(model))
+def by_columns(tensor: torch.Tensor) -> torch.Tensor:
+    """Store a matrix by columns, as older versions stored B."""
+    return columns(tensor) if tensor.dim() > 1 else tensor
 
 
-def contiguous(model: nn.Module) -> nn.Module:
-    """Make parameters contiguous, like some optimizers."""
+def turned(model: nn.Module) -> nn.Module:
     for parameter in rasa_ext.adapter_parameters(model):
-        parameter.data = parameter.data.contiguous()
+        parameter.data = by_columns(parameter.data)
     return model
 
 
@@ -62,16 +62,15 @@ def with_gaps(model: nn.Module) -> nn.Module:
 
 
 def assigned(model: nn.Module) -> nn.Module:
-    """Replace parameters by contiguous tensors from a state dict."""
-    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
+    """Replace parameters by tensors from a state dict."""
+    model.load_state_dict(turned(copy.deepcopy(model)).state_dict(), assign=True)
     model.requires_grad_(False)
     for parameter in rasa_ext.adapter_parameters(model):
         parameter.requires_grad_(True)
     return model
 
 
-CHANGES = (contiguous, flattened, with_gaps, assigned)
+CHANGES = (turned, flattened, with_gaps, assigned)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -80,15 +79,28 @@ def test_any_strides_train_alike_and_run_alike(entry, change):
     base = entry.build()
     model = patched(base)
     twin = change(copy.deepcopy(model))
-    assert by_ranks(model)
-    assert not by_ranks(twin)
+    assert is_contiguous(model)
+    assert is_contiguous(twin) == (change is flattened)
     check_step(entry, base, twin)
     inputs = entry.inputs(1)
     with torch.no_grad():
         assert torch.equal(entry.loss(model, inputs)[0], entry.loss(twin, inputs)[0])
-    if change in (contiguous, flattened, assigned):
+    if change is not with_gaps:
         for t in rasa_ext.adapter_parameters(twin):
             assert min(t.shape) < 2 or t.grad.stride() == t.stride()
+
+
+@pytest.mark.parametrize("entry", [SEQUENTIAL, LLAMA], ids=lambda entry: entry.name)
+def test_gradients_are_contiguous(entry):
+    """Those that hooks see, too, before autograd adds them to a parameter's."""
+    model = patched(entry.build())
+    seen: list[torch.Tensor] = []
+    parameters = rasa_ext.adapter_parameters(model)
+    for parameter in parameters:
+        parameter.register_hook(seen.append)
+    entry.loss(model, entry.inputs(0))[1].backward()
+    assert len(seen) == len(parameters)
+    assert all(map(torch.Tensor.is_contiguous, (*seen, *(p.grad for p in parameters))))
 
 
 def test_a_compiled_model_takes_other_strides():
@@ -103,10 +115,9 @@ def test_a_compiled_model_takes_other_strides():
 
 
 @pytest.mark.parametrize("use", ["vector", "lbfgs", "prune"])
-def test_what_views_a_parameters_elements_takes_contiguous_ones(use):
-    """After ``contiguous``, as the docs advise, torch's tools can view parameters as vectors."""
+def test_torch_can_view_parameters_as_vectors(use):
     base = SEQUENTIAL.build()
-    model = contiguous(patched(base))
+    model = patched(base)
     parameters = rasa_ext.adapter_parameters(model)
     inputs = SEQUENTIAL.inputs(0)
     if use == "vector":
@@ -135,7 +146,8 @@ def test_what_views_a_parameters_elements_takes_contiguous_ones(use):
 
 
 def loaded(model: nn.Module) -> nn.Module:
-    model.load_state_dict({key: value.contiguous() for key, value in model.state_dict().items()})
+    state = model.state_dict()
+    model.load_state_dict({key: by_columns(value) for key, value in state.items()})
     return model
 
 
@@ -143,10 +155,10 @@ def loaded(model: nn.Module) -> nn.Module:
     "way",
     [copy.deepcopy, through_file, loaded, lambda m: m.double().float(), lambda m: m.half().float()],
 )
-def test_copies_casts_and_files_keep_ranks_as_rows(way):
+def test_copies_casts_and_files_are_contiguous(way):
     base = SEQUENTIAL.build()
     model = way(patched(base))
-    assert by_ranks(model)
+    assert is_contiguous(model)
     check_step(SEQUENTIAL, way(base), model)
 
 
@@ -168,7 +180,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("change", [lambda model: model, contiguous, flattened])
+@pytest.mark.parametrize("change", [lambda model: model, turned, flattened])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_step_alike(name, change):
     """Plain, foreach and fused optimizers take the same steps with any strides."""
@@ -195,7 +207,7 @@ def test_an_8_bit_optimizer_steps_alike():
     model = patched(SEQUENTIAL.build())
     exact = optimized(copy.deepcopy(model), lambda p: torch.optim.AdamW(p, 0.01))
     before = [p.detach().clone() for p in rasa_ext.adapter_parameters(model)]
-    for change in (lambda model: model, contiguous):
+    for change in (lambda model: model, turned):
         found = optimized(change(copy.deepcopy(model)), make)
         for mine, theirs, start in zip(found, exact, before, strict=True):
             assert (mine - theirs).norm() < 0.1 * (theirs - start).norm()
@@ -210,27 +222,22 @@ def group(tmp_path):
 
 
 @pytest.mark.parametrize("view", [False, True])
-@pytest.mark.parametrize("change", [lambda model: model, contiguous])
-def test_buckets_of_ddp(change, view, group):
+def test_buckets_of_ddp(view, group):
     """DDP's buckets work without a warning of strides that do not match."""
     model = patched(SEQUENTIAL.build())
     expected = optimized(copy.deepcopy(model), OPTIMIZERS["AdamW"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wrapped = DistributedDataParallel(change(model), gradient_as_bucket_view=view)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
         found = optimized(wrapped, OPTIMIZERS["AdamW"])
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_adapter_files_are_contiguous_and_loaded_by_ranks(tmp_path):
-    from safetensors.torch import load_file
-
+def test_safetensors_takes_a_state_dict(tmp_path):
     model = patched(SEQUENTIAL.build())
-    rasa_ext.save_adapter(model, tmp_path)
-    state = load_file(tmp_path / "adapter_model.safetensors")
-    shapes = {tuple(t.shape) for t in ups(model)}
-    assert shapes <= {tuple(t.shape) for t in state.values()}
-    again = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
-    assert by_ranks(again)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = patched(SEQUENTIAL.build(), seed=4)
+    assert not same_adapters(again, model)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert same_adapters(again, model)

@@ -107,17 +107,9 @@ def test_padded_packs_take_it_whatever_the_rank(dtype):
 
 
 def stack(count: int, own: int, pooled: int | None, dtype=torch.float64) -> Adapter:
-    """Draw adapters (E, ...) of ``count`` experts, each with its own pool; B stored by ranks."""
+    """Draw adapters (E, ...) of ``count`` experts, each with its own pool."""
     each = [draw_adapter(9, 7, own, pooled, dtype=dtype) for _ in range(count)]
-
-    def join(tensors):
-        if tensors[0] is None:
-            return None
-        turned = [t.t() if t.ndim == 2 and t.stride(0) == 1 else t for t in tensors]
-        joined = torch.stack(turned)
-        return joined if turned[0] is tensors[0] else joined.transpose(1, 2)
-
-    return Adapter(*map(join, zip(*each, strict=True)))
+    return Adapter(*(t[0] if t[0] is None else torch.stack(t) for t in zip(*each, strict=True)))
 
 
 @pytest.mark.parametrize("multiple", [1, 4])

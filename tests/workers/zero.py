@@ -79,8 +79,6 @@ def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
     import deepspeed
 
     model = build(case)
-    for parameter in rasa_ext.adapter_parameters(model):  # DeepSpeed views the bytes
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     zero = {"stage": case.stage}
     if case.stage == 3:
         zero["stage3_param_persistence_threshold"] = case.threshold

@@ -52,19 +52,19 @@ void check_group(const Shape& shape, int count, DType param, DType dtype, int of
                  [&] { rasa_ext::launch_pack(group, host.data(), table, param, dtype, nullptr); });
   release(table);
   const int rank = shape.own + shape.pooled;
-  const auto stacked = [&](const Array& own, const Array& pool, int64_t width, int64_t j,
-                           int64_t n) {
-    if (j < shape.own) return own[j * width + n];
-    return j < rank ? pool[(j - shape.own) * width + n] : 0.0;
-  };
   expect_rounded("Ap", Ap, [&](int64_t i) {
     const int64_t row = i / in, j = row % shape.Rp;
-    return stacked(layers[row / shape.Rp]->A, A_pool, in, j, i % in);
+    if (j < shape.own) return layers[row / shape.Rp]->A[j * in + i % in];
+    return j < rank ? A_pool[(j - shape.own) * in + i % in] : 0.0;
   });
   expect_rounded("Bp", Bp, [&](int64_t i) {
     const int64_t row = i / out, j = row % shape.Rp;
     const Layer& layer = *layers[row / shape.Rp];
-    return stacked(layer.B, B_pool, out, j, i % out) * (scaled && j < rank ? layer.d[j] : 1.0);
+    if (j >= rank) return 0.0;
+    const bool own = j < shape.own;
+    const double B =
+        own ? layer.B[i % out * shape.own + j] : B_pool[i % out * shape.pooled + j - shape.own];
+    return B * (scaled ? layer.d[j] : 1.0);
   });
 }
 
@@ -78,6 +78,8 @@ void check_pack() {
                                   {9, 5, 1, 0, 1},
                                   {24, 40, 8, 0, 16},
                                   {16, 2, 28, 128, 160},
+                                  // More ranks than a tile has, and groups of padding alone.
+                                  {12, 20, 9, 8, 34},
                                   // Rows of one piece, slightly more, and several pieces.
                                   {256, 264, 2, 1, 4},
                                   {257, 255, 2, 1, 4},
