@@ -1,6 +1,6 @@
 """The public names, which ``rasa_ext`` imports on first use."""
 
-from rasa_ext import checkpoint, distributed, methods, patching, training
+from rasa_ext import checkpoint, methods, patching, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.card import Card
@@ -34,7 +34,6 @@ __all__ = [
     "cuda_status",
     "delta_weights",
     "disable_adapter",
-    "distributed",
     "drop_packs",
     "export_error",
     "export_lora",

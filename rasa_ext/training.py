@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from rasa_ext.distributed import check_unwrapped, follow
+from rasa_ext.base_layers.sharded import is_sharded
 from rasa_ext.methods.base import AdapterConfig, Rate
 from rasa_ext.nn.adapter import drop_packs
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
@@ -107,8 +110,8 @@ def replace_tensors(
 ) -> None:
     """Replace tensors of layers and pools, and set a config that makes tensors of these shapes.
 
-    Parameters are trained from then on; other tensors become buffers. With several processes, every
-    process calls this, and parameters get the first process's values.
+    Parameters are trained from then on; other tensors become buffers. With several processes, call
+    this on the model inside DistributedDataParallel, on every process, and wrap the model again.
 
     Args:
         model: a patched model.
@@ -117,7 +120,7 @@ def replace_tensors(
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched; or there are new parameters,
-            and the model is in DistributedDataParallel. The model is then unchanged.
+            and the model is in DistributedDataParallel, or is sharded. The model is then unchanged.
         RuntimeError: the adapter is merged.
 
     Example:
@@ -138,11 +141,31 @@ def replace_tensors(
         for owner, own in tensors.items()
         for tensor in own.values()
     ):
-        check_unwrapped(model)
+        _check_unwrapped(model)
     patch_state(model).config = config
     for _, each in owners(model):
         each.config = config
     for owner, own in tensors.items():
         owner.replace(own)
     drop_packs(model)
-    follow(model)
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError for an engine, which does not train new parameters.
+
+    An engine around the model cannot be seen, so in several processes a warning is given.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()) or any(
+        map(is_sharded, model.parameters())
+    ):
+        raise ValueError(
+            "model: expected the model inside DistributedDataParallel and not sharded, since "
+            "engines do not average the gradients of new parameters; pass model.module on every "
+            "process, then wrap it again."
+        )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            "model: it has new parameters, whose gradients an earlier DistributedDataParallel does "
+            "not average; wrap the model again.",
+            stacklevel=3,
+        )

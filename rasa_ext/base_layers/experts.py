@@ -127,8 +127,8 @@ def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
         )
     if is_dtensor(weight):
         raise ValueError(
-            f"{where} is sharded over processes, expected a whole weight; patch first, then call "
-            "rasa_ext.distributed.shard_model(model, mesh)."
+            f"{where} is sharded over processes, expected a whole weight; patch the model "
+            "first, then shard it."
         )
     usual = type(weight) in (nn.Parameter, Tensor)
     numbers = usual and weight.is_floating_point() and weight.itemsize > 1

@@ -1,23 +1,18 @@
-"""Detects sharded adapters and bases, and raises if they cannot be used.
-
-Layers share a pool, so every layer needs the whole pool on each process. ``fully_shard`` and
-``FullyShardedDataParallel`` over an adapter, and ZeRO-3, gather a parameter only while the module
-that owns it runs; ``rasa_ext.distributed.shard_model`` shards the base alone.
-"""
+"""What engines that shard a model, FSDP1, FSDP2 and ZeRO-3, make of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import stored_weight
 
-SHARDING_HINT = (
-    "shard with rasa_ext.distributed.shard_model(model, mesh), which keeps the whole adapter on "
-    "every process, instead of using fully_shard, FullyShardedDataParallel or ZeRO-3 on the adapter"
-)
+SHARDING_HINT = "patch a whole model, then shard it"
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -26,14 +21,31 @@ def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether an engine shards a tensor, gathered or not: FSDP2, FSDP1 or ZeRO-3."""
+    return is_dtensor(tensor) or is_of_zero_3(tensor) or hasattr(tensor, "_fsdp_flattened")
+
+
 def is_whole(matrix: Tensor) -> bool:
-    """Return whether a matrix or stack is whole: not a DTensor, nor sharded by FSDP1 or ZeRO-3."""
+    """Return whether a matrix or stack is whole now; FSDP1 and ZeRO-3 leave a flat piece."""
     return matrix.dim() >= 2 and not is_dtensor(matrix)
 
 
 def is_emptied(parameter: Tensor) -> bool:
     """Return whether ZeRO-3 has removed a parameter's elements for now."""
-    return is_of_zero_3(parameter) and parameter.numel() == 0
+    return parameter.numel() == 0 and getattr(parameter, "ds_numel", 0) > 0
+
+
+def gather(tensors: Iterable[Tensor]) -> None:
+    """Gather what ZeRO-3 has removed, for the module that runs now, also in later passes."""
+    emptied: list[Any] = [each for each in tensors if is_emptied(each)]
+    if emptied:
+        parameter_offload: Any = import_module("deepspeed.runtime.zero.parameter_offload")
+
+        for each in emptied:
+            running = parameter_offload.FWD_MODULE_STACK[-1]
+            parameter_offload.register_external_parameter(running, each)
+            each.all_gather()
 
 
 def is_of_zero_3(parameter: Tensor) -> bool:
@@ -55,9 +67,61 @@ def check_whole(**matrices: Tensor | None) -> None:
     for name, matrix in matrices.items():
         if matrix is not None and not is_whole(matrix):
             raise RuntimeError(
-                f"expected an adapter that is whole on every process, but its {name} is "
-                f"{what_is_here(matrix)}; {SHARDING_HINT}."
+                f"expected an adapter that is whole while its layer runs, but its {name} is "
+                f"{what_is_here(matrix)}; call the sharded model itself, with checkpoints of "
+                "use_reentrant=False under FSDP1, and use peft.get_peft_model, not add_adapter."
             )
+
+
+def reshard(model: nn.Module) -> None:
+    """Make FSDP2 forget what it has gathered, which may be older than an optimizer's step."""
+    for module in model.modules():
+        if (again := getattr(module, "reshard", None)) and hasattr(module, "_get_fsdp_state"):
+            again()
+
+
+@contextlib.contextmanager
+def gathered(
+    model: nn.Module, tensors: Collection[Tensor], *, write: bool = False
+) -> Iterator[bool]:
+    """Gather tensors of a model that FSDP1 or ZeRO-3 shard; every process must enter the context.
+
+    FSDP2's stay DTensors: ``whole`` reads them, and ``fill`` writes them. With ``write``, values
+    may be written; under ZeRO-3 the first process's count.
+
+    The context gives whether this process writes files: the first one if an engine shards the
+    model, else any. The others wait for it at the end.
+    """
+    shared = any(map(is_sharded, model.parameters()))
+    with contextlib.ExitStack() as stack:
+        if shared:
+            stack.callback(dist.barrier)
+        if any(hasattr(each, "_fsdp_flattened") for each in tensors):
+            from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
+
+            stack.enter_context(Fsdp1.summon_full_params(model, writeback=write))
+        if removed := [each for each in tensors if is_of_zero_3(each)]:
+            zero: Any = import_module("deepspeed").zero
+            rank = 0 if write else None
+            stack.enter_context(zero.GatheredParameters(removed, modifier_rank=rank))
+        yield not shared or dist.get_rank() == 0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor's values; every process must call this."""
+    shard: Any = tensor
+    return shard.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy values, which every process has, into a tensor or this process's part of it."""
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        shard: Any = tensor
+        values = values.to(shard.device, shard.dtype)
+        values = distribute_tensor(values, shard.device_mesh, shard.placements)
+    tensor.copy_(values)
 
 
 def sharded_modules(model: nn.Module) -> set[int]:

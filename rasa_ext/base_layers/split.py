@@ -1,9 +1,9 @@
-"""Base layers that transformers' ``tp_plan`` splits over processes.
+"""Base layers that transformers' ``tp_plan`` or torch's ``parallelize_module`` splits.
 
 A "colwise" layer holds some rows of the weight (out, in) and returns these outputs. A "rowwise"
 layer holds some columns, reads these inputs, and sums the products over the processes. The weight
-is a DTensor of the whole shape, and ``forward`` is replaced by a function with the style in a
-closure.
+is a DTensor of the whole shape. The style is in a closure: of ``forward``, which transformers
+replaces, or of torch's hooks.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ def split_of(base: nn.Module) -> Split | None:
     if style is None or not is_dtensor(weight) or type(base) is not nn.Linear:
         return None
     mesh, (placement,) = weight.device_mesh, weight.placements
-    reads, gives = style.input_layouts, style.output_layouts
-    name = type(style).__name__
-    if name == "ColwiseParallel":
-        dim, usual = 0, reads.is_replicate() and gives.is_shard()
-    elif name == "RowwiseParallel":
-        dim, usual = 1, reads.is_shard() and gives.is_replicate()
+    if style.name == "ColwiseParallel":
+        dim, usual = 0, style.reads.is_replicate() and style.gives.is_shard()
+    elif style.name == "RowwiseParallel":
+        dim, usual = 1, style.reads.is_shard() and style.gives.is_replicate()
     else:
         return None
-    if mesh.ndim != 1 or not (usual and style.use_local_output):
+    if mesh.ndim != 1 or not (usual and style.local):
         return None
     if not placement.is_shard(dim) and not placement.is_shard(dim - 2):
         return None
@@ -81,23 +79,44 @@ def refusal(base: nn.Module) -> str | None:
         weight: Any = base._parameters.get("weight")
         if is_dtensor(weight):
             return (
-                "has a weight that is sharded over processes, expected a whole one; patch first, "
-                "then call rasa_ext.distributed.shard_model(model, mesh)"
+                "has a weight that is sharded over processes, expected a whole one; patch the "
+                "model first, then shard it"
             )
         return None
     if split_of(base) is None:
         return (
-            f"runs in transformers' parallel style {type(style).__name__} with layouts or a weight "
+            f"runs in the parallel style {style.name} with layouts or a weight "
             "that adapters do not support, expected 'colwise' or 'rowwise' of nn.Linear; leave it "
             "out with exclude_modules"
         )
     return None
 
 
-def _style(base: nn.Module) -> Any:
-    """Return the style of transformers' tensor parallelism of a module, or None."""
-    forward: Any = base.__dict__.get("forward")
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    if "mesh" not in names or "self" not in names:
-        return None
-    return forward.__closure__[names.index("self")].cell_contents
+class _Style(NamedTuple):
+    """A parallel style of transformers or torch, and what a layer reads and gives."""
+
+    name: str
+    reads: Any
+    gives: Any
+    local: bool
+    """Whether the output is a plain tensor."""
+
+
+def _style(base: nn.Module) -> _Style | None:
+    """Return the style of a module's tensor parallelism, or None."""
+    if (style := _closed_over(base.__dict__.get("forward"), "self", "mesh")) is not None:
+        reads, gives = style.input_layouts, style.output_layouts
+        return _Style(type(style).__name__, reads, gives, style.use_local_output)
+    before = (_closed_over(each, "input_fn") for each in base._forward_pre_hooks.values())
+    after = (_closed_over(each, "output_fn") for each in base._forward_hooks.values())
+    for reads, gives in zip(filter(None, before), filter(None, after), strict=False):
+        (read, _), ((given,), local) = reads.args, gives.args
+        return _Style(gives.func.__qualname__.partition(".")[0], read[0], given, local)
+    return None
+
+
+def _closed_over(function: Any, name: str, *others: str) -> Any:
+    """Return what a function closes over by name, if it does so and by other names; or None."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    found = {name, *others} <= set(names)
+    return function.__closure__[names.index(name)].cell_contents if found else None

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from rasa_ext._version import __version__
 from rasa_ext.base_layers.linear import device_of, is_conv1d, is_linear, stored_weight
-from rasa_ext.base_layers.sharded import (
-    SHARDING_HINT,
-    is_dtensor,
-    is_emptied,
-    sharded_modules,
-    what_is_here,
-)
+from rasa_ext.base_layers.sharded import fill, gathered, reshard, whole
 from rasa_ext.base_layers.survey import survey
 from rasa_ext.checkpoint.card import PLAIN, Card, adapter_card, write_card
 from rasa_ext.checkpoint.files import (
@@ -44,13 +38,12 @@ from rasa_ext.checkpoint.files import (
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import Adapter
-from rasa_ext.nn.rasa import AdapterOwner, RasaLinear
-from rasa_ext.nn.rasa_experts import RasaExpertWeight
-from rasa_ext.nn.trained_tokens import TrainedTokens
+from rasa_ext.nn.rasa import AdapterOwner
 from rasa_ext.patching.grouping import pattern, resolve_groups
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import (
     check_merge_is_current,
+    inner_name,
     is_patched,
     owners,
     patch_state,
@@ -117,13 +110,14 @@ def save_adapter(
     too. A merged model saves an equal adapter.
 
     Args:
-        model: a patched model, also inside ``torch.compile`` or DistributedDataParallel.
+        model: a patched model, also inside ``torch.compile``, DDP, FSDP or ZeRO. Every process of
+            an engine that shards must call this; the first writes.
         directory: created if missing. An adapter in it is replaced; an error, such as a full disk,
             leaves it unchanged. A README.md that was edited, or is not from this package, stays.
         card: additions to the model card; None writes no card.
 
     Raises:
-        TypeError, ValueError: the model is not patched, or the adapter is sharded.
+        TypeError, ValueError: the model is not patched.
         OSError: the files cannot be written.
 
     Example:
@@ -134,7 +128,11 @@ def save_adapter(
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     root, state = unwrap(model), patch_state(model)
-    write_tensors(root, directory, state.config, state.plan, adapter_tensors(root), card)
+    live = adapter_tensors(root)
+    with gathered(model, live.values()) as writes:
+        tensors = {key: whole(tensor.detach()) for key, tensor in live.items()}
+        if writes:
+            write_tensors(root, directory, state.config, state.plan, tensors, card)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,11 +249,12 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
 
 def names_in_state(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the name in ``state_dict`` of each of the ``adapter_tensors``, by key in a file."""
-    state = root.state_dict(keep_vars=True)
-    names = {(t.data_ptr(), t.shape): n for n, t in state.items() if isinstance(t, Tensor)}
+    named = (root.named_parameters, root.named_buffers)
+    state = [(inner_name(n), t) for each in named for n, t in each(remove_duplicate=False)]
+    names, known = {id(t): n for n, t in state}, {n for n, _ in state}
     plain = {key: key.removeprefix(PREFIX) for key in tensors}
     return {
-        key: plain[key] if plain[key] in state else names.get((t.data_ptr(), t.shape), key)
+        key: plain[key] if plain[key] in known else names.get(id(t), key)
         for key, t in tensors.items()
     }
 
@@ -307,10 +306,11 @@ def load_tensors_into(
         apply_plan(model, config, plan)
     for parameter in by_hand.values():
         parameter.requires_grad_(True)
-    with torch.no_grad():
-        for key, tensor in {**adapter_tensors(model), **by_hand}.items():
+    live = {**adapter_tensors(model), **by_hand}
+    with torch.no_grad(), gathered(model, live.values(), write=True):
+        for key, tensor in live.items():
             if key in tensors:  # else unfrozen by hand, here only
-                tensor.copy_(tensors[key])
+                fill(tensor, tensors[key])
     return model
 
 
@@ -385,20 +385,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     root, state = unwrap(model), patch_state(model)
     plan, layers = state.plan, dict(owners(model))
+    reshard(root)
     check_merge_is_current(root)
     _check_in_place(plan, layers)
     adapters = {name: layers[name].adapter() for group in plan.groups for name in group.names}
-    tensors = {key: tensor.detach() for key, tensor in keyed(adapters).items()}
-    by_hand = {name: parameter.detach() for name, parameter in trained_by_hand(root).items()}
+    tensors, by_hand = keyed(adapters), trained_by_hand(root)
     if merged := [name for name in by_hand if state.merged is not None and ".base_layer." in name]:
         raise RuntimeError(
             f"model: {merged[0]} was unfrozen by hand, and an adapter is merged into its layer; "
             "call rasa_ext.unmerge(model) before saving."
         )
-    others = {**row_tensors(root), **saved_tensors(root, plan), **by_hand}
+    others = {**row_tensors(root), **_live(root, plan), **by_hand}
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in others.items())
-    planned = [group.planned(state.config) for group in plan.groups]
-    _check_unsharded(root, plan, tensors, _expected(root, planned, plan))
     return tensors
 
 
@@ -409,9 +407,7 @@ def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
             now = next((each for each in layers if each.endswith(name.rpartition(".")[2])), None)
             raise ValueError(
                 f"model: expected the adapted layer {name!r} where patch_model put it, found none "
-                f"there (a similar name is {now!r}); wrap the whole model, not parts of it, or, "
-                "instead of FullyShardedDataParallel, use "
-                "rasa_ext.distributed.shard_model(model, mesh)."
+                f"there (a similar name is {now!r}); wrap the whole model, not parts of it."
             )
     first = {name: group.names[0] for group in plan.groups for name in group.names}
     for name, layer in layers.items():
@@ -420,31 +416,6 @@ def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
                 f"model: expected the adapted layers that patch_model made, but {name!r} is a copy "
                 "or was added later, and an adapter file cannot hold its tensors; copy or add "
                 "blocks before patching, or write a LoRA with rasa_ext.export_lora."
-            )
-
-
-def _check_unsharded(
-    root: nn.Module,
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Raise ValueError if a tensor of the adapter, or of a saved module, is not whole here."""
-    for key, tensor in tensors.items():
-        if is_dtensor(tensor) or tuple(tensor.shape) != expected.get(key, tuple(tensor.shape)):
-            raise ValueError(
-                f"model: expected an adapter of whole tensors, but {key} is "
-                f"{what_is_here(tensor)}; {SHARDING_HINT}."
-            )
-    sharded = sharded_modules(root)
-    for name, module in root.named_modules():
-        saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
-        emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
-        adapter = isinstance(module, RasaLinear | RasaExpertWeight | TrainedTokens)
-        if emptied or (id(module) in sharded and (saved or adapter)):
-            raise ValueError(
-                f"model: expected trained modules that are whole on every process, but {name!r} is "
-                f"sharded; {SHARDING_HINT}."
             )
 
 
@@ -464,8 +435,12 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
         >>> list(rasa_ext.checkpoint.saved_tensors(model, plan))
         ['model.norm.weight']
     """
+    return {key: tensor.detach() for key, tensor in _live(root, plan).items()}
+
+
+def _live(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return {
-        f"{name}.{key}": tensor.detach()
+        f"{name}.{key}": tensor
         for name in plan.modules_to_save
         for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items()
     }

@@ -208,7 +208,10 @@ def _export_of(model: nn.Module, device: str | None = None) -> Export:
         config=state.config,
         linears={n: adapted(each.base_layer, {WEIGHT: each}) for n, each in adapted_layers(root)},
         experts={n: adapted(each.base_layer, each.stacks()) for n, each in adapted_experts(root)},
-        saved={**row_tensors(root), **saved_tensors(root, state.plan)},
+        saved={
+            **{key: rows.detach() for key, rows in row_tensors(root).items()},
+            **saved_tensors(root, state.plan),
+        },
         modules_to_save=state.plan.modules_to_save,
         tokens=state.plan.tokens,
         task_type=task_type(root),

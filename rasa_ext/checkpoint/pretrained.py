@@ -21,7 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
-from rasa_ext.checkpoint.adapter import adapter_tensors, names_in_state, write_tensors
+from rasa_ext.checkpoint.adapter import (
+    adapter_tensors,
+    names_in_state,
+    save_adapter,
+    write_tensors,
+)
 from rasa_ext.checkpoint.card import PLAIN
 from rasa_ext.checkpoint.files import check_tensors
 from rasa_ext.patching.state import (
@@ -143,10 +148,14 @@ def save_pretrained(
         )
     if not is_main_process:
         return
-    tensors, trained = adapter_tensors(root), trained_state(root)
+    if state_dict is None and not _is_checkpoint(Path(save_directory)):
+        save_adapter(model, save_directory)
+        return
+    tensors = {key: tensor.detach() for key, tensor in adapter_tensors(root).items()}
+    trained = trained_state(root)
     if state_dict is not None:
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        names = names_in_state(root, tensors)
+        names = names_in_state(root, adapter_tensors(root))
         tensors = {key: state_dict[name] for key, name in names.items() if name in state_dict}
         check_tensors(tensors, shapes, "state_dict")
         trained = {name: state_dict.get(name, tensor) for name, tensor in trained.items()}

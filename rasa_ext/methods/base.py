@@ -405,20 +405,24 @@ def document_fields(config: type[AdapterConfig]) -> None:
 
 def fresh_A(
     rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
-) -> nn.Parameter:
-    """Draw A (*experts, rank, in) as LoRA does, uniformly in +-1/sqrt(in)."""
+) -> Tensor:
+    """Draw A (*experts, rank, in) as LoRA does, uniformly in +-1/sqrt(in).
+
+    Without ranks it is no Parameter: engines that shard refuse empty ones.
+    """
     shape = (*experts, rank, spec.in_features)
     bound = 1 / math.sqrt(spec.in_features)
     A = torch.empty(shape, dtype=dtype, device=spec.device)
-    return nn.Parameter(A.uniform_(-bound, bound))
+    return nn.Parameter(A.uniform_(-bound, bound)) if rank else A
 
 
 def fresh_B(
     rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
-) -> nn.Parameter:
-    """Make B (*experts, out, rank) of zeros."""
+) -> Tensor:
+    """Make B (*experts, out, rank) of zeros; without ranks it is no Parameter."""
     shape = (*experts, spec.out_features, rank)
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=spec.device))
+    zeros = torch.zeros(shape, dtype=dtype, device=spec.device)
+    return nn.Parameter(zeros) if rank else zeros
 
 
 def checked_integer(name: str, value: Any) -> int:

@@ -166,11 +166,9 @@ class _Pooled(NamedTuple):
 
 def _pooled(factors: Factors, x: Tensor) -> list[_Pooled]:
     """Compute the dense part of an adapter on x, if experts share a pool."""
-    A, A_pool, B, B_pool, d = factors
+    A, A_pool, _, B_pool, d = factors
     if A_pool is None or B_pool is None or A_pool.dim() == 3:
         return []
     ranks = A_pool.shape[0]
     d = A_pool.new_ones((A.shape[0], ranks)) if d is None else d[:, -ranks:]
-    if not A.numel():  # DistributedDataParallel waits for gradients of A and B too
-        d = d + A.sum() + B.sum()
     return [_Pooled(x @ A_pool.to(x.dtype).t(), d, B_pool.to(x.dtype))]

@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rasa_ext import ops
-from rasa_ext.base_layers.sharded import is_of_zero_3
+from rasa_ext.base_layers.sharded import gather, is_sharded
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.precision import is_sharing, restored
@@ -67,8 +67,9 @@ class PackSet:
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
     graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
-    under ZeRO-3, which gathers one layer at a time; and with grad if a factor is computed from
-    trained tensors. Copies and pickles of a set are empty: a layer joins again as it is copied.
+    if an engine shards the layers, such as FSDP, since it gathers a layer only while the layer
+    runs; and with grad if a factor is computed from trained tensors. Copies and pickles of a set
+    are empty: a layer joins again as it is copied.
 
     Args:
         decoding: says whether the model's forward is a step of one token; by default it never is.
@@ -85,6 +86,8 @@ class PackSet:
         # Replaced in one assignment, since threads share it.
         self._rounds: dict[tuple[torch.dtype, torch.device], _Round] = {}
         self._computed = False
+        # An engine may leave layers gathered, and still reduce gradients layer by layer.
+        self._sharded = False
 
     def join(self, index: int, owner: Any) -> None:
         """Make ``owner`` the group's layer number ``index``."""
@@ -104,7 +107,7 @@ class PackSet:
         found = self._rounds.get((dtype, device))
         entry = None if found is None else found.entry(index, sources, grad, self._decoding.now)
         if entry is None:
-            if (grad and self._computed) or is_of_zero_3(sources[0]):
+            if (grad and self._computed) or self._sharded:
                 return _alone(adapter, dtype)
             only = found is not None and found.over and index != found.first
             found = self._pack(adapter, dtype, device, only)
@@ -120,6 +123,10 @@ class PackSet:
         if not grad or not entry.trained:
             return entry.pack
         if not found.linked:  # a re-entrant checkpoint packs without grad
+            if (
+                is_sharing()
+            ):  # else DistributedDataParallel would take all layers' gradients as made
+                return _alone(adapter, dtype)
             self._link(found, self._layers(device))
         if entry.ported is None:
             self._computed = True
@@ -137,6 +144,9 @@ class PackSet:
                     continue
                 adapter = self._ask(owner)
                 sources = adapter.sources()
+                if any(map(is_sharded, sources)):
+                    self._sharded = True
+                    return {}
                 if sources[0].device == device and not any(map(Tensor.is_inference, sources)):
                     found[index] = sources, adapter.factors()
         return found
@@ -183,9 +193,16 @@ class PackSet:
                 restored(each.sources(), each.config.adapter_dtype)
 
     def _link(self, found: _Round, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]) -> None:
-        """Make the ports of all packs whose trained factors are themselves trained tensors."""
-        for group, packs in found.groups:
-            if all(index in layers and _is_direct(*layers[index]) for index in group):
+        """Make the ports of all packs, if every trained factor is itself a trained tensor.
+
+        Else every layer packs alone, in a checkpoint's recomputation as in its forward.
+        """
+        if all(
+            index in layers and _is_direct(*layers[index])
+            for group, _ in found.groups
+            for index in group
+        ):
+            for group, packs in found.groups:
                 factors = [layers[index][1] for index in group]
                 made = ports(packs, factors, weakref.ref(found))
                 for index, each in zip(group, made, strict=True):
@@ -302,6 +319,7 @@ def _is_direct(sources: Sequence[Tensor], factors: Factors) -> bool:
 
 def _alone(adapter: Adapter, dtype: torch.dtype) -> Packed:
     """Pack one layer."""
+    gather(adapter.sources())
     factors = adapter.factors()
     if torch.is_grad_enabled() and any(each.requires_grad for each in adapter.sources()):
         return pack_alone(factors, dtype)

@@ -236,3 +236,8 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
 class SplitRasaLinear(SplitLinear, RasaLinear):
     """A RasaLinear over a base layer that is split over processes."""
+
+    def begin(self, *args: Any) -> None:
+        """Register tensors that every process has."""
+        super().begin(*args)
+        self.share(self.adapter())

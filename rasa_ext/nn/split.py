@@ -7,9 +7,8 @@ the sum of y over processes, which a cut by columns needs anyway, includes the a
     by rows:     y_p = x W_p^T + (x A^T) diag(d) B_p^T            dx = sum over p
     by columns:  y = sum over p of x_p W_p^T + (x_p A_p^T) diag(d) B^T
 
-Each process's gradient of A, B and d is one summand of the true gradient. It is multiplied by the
-number of processes, so that the mean over all processes, which data parallelism and uncut layers
-need, equals the sum.
+Each process's gradient of a pack is one summand of the true gradient. A backward sums them, so
+that every process has the whole gradient of A, B, d and the pool.
 """
 
 from __future__ import annotations
@@ -36,8 +35,12 @@ class SplitLinear(AdaptedLinear):
     A mixin, placed before the class that owns the adapter's tensors.
     """
 
-    averaged = False
-    """Whether a backward averages gradients over processes at the end."""
+    def share(self, adapter: Adapter) -> None:
+        """Give every process the first one's fresh values."""
+        split = split_of(self.base_layer)
+        assert split is not None  # patching uses this class only for split layers
+        for tensor in adapter.sources():
+            dist.broadcast(tensor.detach(), group=split.group, group_src=0)
 
     def _over_base(
         self, x: Tensor, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,12 +54,6 @@ class SplitLinear(AdaptedLinear):
         dtype = compute_dtype(x)
         weight, bias = local_part(self.base_layer, dtype)
         pack = adapter.pack(dtype)
-        if not self.averaged and (pack.Ap_port is not None or pack.Bp_port is not None):
-            raise RuntimeError(
-                "expected an adapter with gradients averaged over processes, because each process "
-                "has only a part of the base; call rasa_ext.distributed.replicate_adapter(model) "
-                "after patching."
-            )
         x, added = x.to(dtype), None
         if split.dim == 0:
             x, added = _shared(x, split), bias
@@ -69,7 +66,7 @@ class SplitLinear(AdaptedLinear):
 
 
 def _part_of(pack: Packed, split: Split) -> Packed:
-    """Return this process's part of a pack; gradients are multiplied by the number of processes."""
+    """Return this process's part of a pack; gradients are summed over the processes."""
     Ap, Bp, Ap_port, Bp_port = pack
     if split.dim == 0:
         Bp = Bp[:, split.start : split.stop]
@@ -90,7 +87,7 @@ def _shared(x: Tensor, split: Split) -> Tensor:
 
 
 class _Part(Function):
-    """Select this process's columns of a pack's port, or all."""
+    """Select this process's columns of a pack's port, or all; a backward sums over processes."""
 
     @staticmethod
     def forward(ctx: Any, port: Tensor, split: Split, columns: bool) -> Tensor:
@@ -100,12 +97,10 @@ class _Part(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        split, scaled = ctx.split, grad * ctx.split.processes
-        if ctx.columns:
-            whole = grad.new_zeros(ctx.shape)
-            whole[:, split.start : split.stop] = scaled
-            return whole, None, None
-        return scaled, None, None
+        whole = grad.new_zeros(ctx.shape)
+        (whole[:, ctx.split.start : ctx.split.stop] if ctx.columns else whole).copy_(grad)
+        dist.all_reduce(whole, group=ctx.split.group)
+        return whole, None, None
 
 
 class _Shared(Function):

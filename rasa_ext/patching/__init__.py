@@ -2,7 +2,7 @@
 
 from rasa_ext.patching.grouping import Group, pattern
 from rasa_ext.patching.patch import check_unpatched, plan_layers
-from rasa_ext.patching.state import check_unmerged, owners
+from rasa_ext.patching.state import check_unmerged, owners, unwrap
 from rasa_ext.patching.targets import Plan, make_plan
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "owners",
     "pattern",
     "plan_layers",
+    "unwrap",
 ]

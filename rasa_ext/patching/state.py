@@ -61,7 +61,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Example:
         >>> wrapped = torch.nn.DataParallel(rasa_ext.patch_model(model, rank=8, k=1))
-        >>> rasa_ext.distributed.unwrap(wrapped) is model
+        >>> rasa_ext.patching.unwrap(wrapped) is model
         True
     """
     while isinstance(model, nn.Module) and STATE not in model.__dict__:
@@ -73,8 +73,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def inner_name(name: str) -> str:
-    """Return the name in the patched module of a tensor of the wrapped model."""
-    return re.sub(rf"^(({'|'.join(_INNER)})\.)+", "", name)
+    """Return a name as if nothing were wrapped, neither the model nor parts of it."""
+    name = re.sub(rf"^(({'|'.join(_INNER)})\.)+", "", name)
+    return re.sub(r"(?<=\.)(_orig_mod|_(fsdp|checkpoint)_wrapped_module)\.", "", f".{name}")[1:]
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -175,7 +176,8 @@ def pools(model: nn.Module) -> list[RasaPool]:
 
 
 def _modules_of(model: nn.Module, kind: type[_Module]) -> list[tuple[str, _Module]]:
-    return [(name, each) for name, each in unwrap(model).named_modules() if isinstance(each, kind)]
+    found = unwrap(model).named_modules()
+    return [(inner_name(name), each) for name, each in found if isinstance(each, kind)]
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -226,4 +228,5 @@ def trained_by_hand(root: nn.Module) -> dict[str, nn.Parameter]:
     known = set(parameters_of_adapters(root))
     for name in patch_state(root).plan.modules_to_save:
         known.update(root.get_submodule(name).parameters())
-    return {n: p for n, p in root.named_parameters() if p.requires_grad and p not in known}
+    named = root.named_parameters()
+    return {inner_name(n): p for n, p in named if p.requires_grad and p not in known}

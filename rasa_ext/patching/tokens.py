@@ -181,7 +181,7 @@ def rows_key(name: str) -> str:
 
 def row_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the live trained rows by key, without prefix."""
-    return {rows_key(name): module.rows.detach() for name, module in row_owners(model)}
+    return {rows_key(name): module.rows for name, module in row_owners(model)}
 
 
 def merge_rows(model: nn.Module) -> float:

@@ -98,6 +98,11 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
 class SplitPeftLinear(SplitLinear, RasaPeftLinear):
     """A RasaPeftLinear over a base layer that is split over processes."""
 
+    def update_layer(self, adapter_name: str, *args: Any) -> None:
+        """Add an adapter that every process has."""
+        super().update_layer(adapter_name, *args)
+        self.share(self.named(adapter_name))
+
 
 def keys_in_files(model: nn.Module, adapter_name: str) -> list[str]:
     """Return the names that an adapter's linear tensors have in this package's files."""

@@ -90,10 +90,7 @@ def test_what_is_refused(halves):
     said = json.loads((halves / "refused.json").read_text())
     wanted = {
         "head": ("ValueError: target_modules: 'lm_head'", "ColwiseParallel", "exclude_modules"),
-        "saved": ("ValueError: model: expected", "'lm_head.weight'", "modules_to_save"),
-        "training": ("RuntimeError: expected an adapter", "replicate_adapter(model)"),
         "merge": ("ValueError: model: expected whole base weights", "q_proj", "merge there"),
-        "twice": ("ValueError: model: expected a model whose gradients", "only once"),
     }
     assert said.keys() == wanted.keys()
     for name, words in wanted.items():

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,8 +36,6 @@ class Change(NamedTuple):
     """Functions to call after each training but the last."""
     steps: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None
     """Makes an object with a ``step()`` that is called after the optimizer's."""
-    ddp: bool = True
-    """Whether the change works under DistributedDataParallel."""
 
 
 class Family(NamedTuple):
@@ -92,8 +89,6 @@ def change(given: Change, how: str) -> Tensor:
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model, x = rasa_ext.patch_model(base(), config=given.config), inputs(20)
     torch.manual_seed(rank)
-    if how == "shard":
-        rasa_ext.distributed.shard_model(model, init_device_mesh("cpu", (size,)))
     for act in (*given.acts, None):
         wrapped = DistributedDataParallel(model) if how == "ddp" else model
         optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
@@ -143,9 +138,7 @@ def main(family: Family) -> None:
     refuse_views()
     outputs = {name: train(model) for name, model in models.items()}
     for name, each in family.changes.items():
-        outputs[f"{name}, shard"] = change(each, "shard")
-        if each.ddp:
-            outputs[f"{name}, ddp"] = change(each, "ddp")
+        outputs[f"{name}, ddp"] = change(each, "ddp")
     said = refused(family)
     if dist.get_rank() == 0:
         directory = Path(sys.argv[1])

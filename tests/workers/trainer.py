@@ -59,14 +59,13 @@ def train(directory: Path, processes: int, fsdp2: bool = False) -> None:
         shard_on_cpus()
     trainer = Trainer(model, arguments, train_dataset=data)
     assert trainer.is_fsdp_enabled == fsdp2
-    if fsdp2:
-        rasa_ext.distributed.replicate_adapter(model, trainer.accelerator)
     trainer.train()
     assert trainer.accelerator.num_processes == processes
     for parameter in trainer.model.parameters():
-        assert is_dtensor(parameter) == (fsdp2 and not parameter.requires_grad)
-    if trainer.is_world_process_zero():
+        assert is_dtensor(parameter) == fsdp2
+    if fsdp2 or trainer.is_world_process_zero():
         rasa_ext.save_adapter(trainer.model, directory)
+    if trainer.is_world_process_zero():
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         (directory / "losses.json").write_text(json.dumps(losses))
     trainer.accelerator.wait_for_everyone()

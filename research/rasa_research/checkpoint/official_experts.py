@@ -30,7 +30,7 @@ from rasa_ext.checkpoint import (
     read_adapter,
     stacked_weights,
 )
-from rasa_ext.distributed import unwrap
+from rasa_ext.patching import unwrap
 from rasa_research.methods import GatedRasaConfig
 
 _LAYER = re.compile(r"^base_model\.model\.(?P<name>.+)\.rasa_A\.weight$")

@@ -84,8 +84,7 @@ class ResLoraConfig(AdapterConfig):
         B, *up = (pool[f"B{i}"] for i in window)
         d = A.new_full((len(window) * self.rank,), self.alpha / self.rank)
         if not before:
-            # A view: packs of a group expect computed factors of all its layers, or of none.
-            return Factors(A, None, B.view_as(B), None, d)
+            return Factors(A, None, B, None, d)
         return Factors(A, torch.cat(before), B, torch.cat(up, 1), d)
 
 

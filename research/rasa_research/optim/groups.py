@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.distributed import unwrap
 from rasa_ext.methods import Factors
 from rasa_ext.nn import AdaptedModule
+from rasa_ext.patching import unwrap
 from rasa_research.optim.least_norm import Ranks
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.distributed import unwrap
 from rasa_ext.methods import checked_integer, checked_number
+from rasa_ext.patching import unwrap
 from rasa_research.optim.groups import Problem, find_groups
 from rasa_research.optim.least_norm import pair_steps, pool_steps
 

@@ -8,10 +8,10 @@ import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rasa_ext import RasaLinear
-from rasa_ext.distributed import check_averaged
 from rasa_ext.methods import checked_integer, checked_number
 from rasa_ext.nn import RasaPool
 from rasa_ext.training import adapter_of, replace_tensors
@@ -92,12 +92,12 @@ class Boosting:
 
         Raises:
             RuntimeError: the adapter is merged; or ``layers`` or ``train_past`` is used in several
-                processes without ``shard_model`` or ``replicate_adapter``.
+                processes.
         """
         if self._layers is not None:
-            check_averaged(self._model, "layers")
+            _check_one_process("layers")
         if getattr(_adapter(self._model)[0], "train_past", False):
-            check_averaged(self._model, "train_past")
+            _check_one_process("train_past")
         self._count += 1
         if self._count % self._steps:
             return False
@@ -251,6 +251,15 @@ def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimize
                 f"the parameters of {name!r}."
             )
     return optimizer
+
+
+def _check_one_process(what: str) -> None:
+    """Raise RuntimeError in several processes, whose engines do not follow what is trained."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"{what}: expected one process, got several, and it changes which parameters are "
+            "trained; engines average the gradients of those that were trained at first."
+        )
 
 
 def _adapter(model: nn.Module) -> tuple[Boosted, dict[str, RasaLinear]]:

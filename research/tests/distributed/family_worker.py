@@ -27,11 +27,11 @@ SORA = methods.SoraConfig(4, 1, 8.0, **WIDE)
 TRAINED_ON = methods.BoostedPoolConfig(train_past=True, **WIDE)
 
 
-def boosters(config: AdapterConfig, layers: int | None = None, ddp: bool = True) -> Change:
+def boosters(config: AdapterConfig) -> Change:
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> training.Boosting:
-        return training.Boosting(model, optimizer, 2, layers, seed=3)
+        return training.Boosting(model, optimizer, 2, seed=3)
 
-    return Change(config, [], steps, ddp)
+    return Change(config, [], steps)
 
 
 def patched(config: AdapterConfig) -> nn.Module:
@@ -58,10 +58,7 @@ FAMILY = Family(
             SORA, [training.prune] * 2, lambda model, _: training.ProximalGates(model, 0.05)
         ),
         "boosters": boosters(LORA),
-        "boosters, drawn": boosters(LORA, 2, ddp=False),
         "pool": boosters(POOL),
-        "pool, drawn": boosters(POOL, 2, ddp=False),
-        "pool, trained on": boosters(TRAINED_ON, ddp=False),
     },
     {
         "next_task": (lambda: patched(SD_LORA), training.next_task),

@@ -42,4 +42,4 @@ def test_what_ddp_cannot_follow_is_refused(left):
         assert "model.module" in said[name]
     for name in ("layers", "train_past"):
         assert said[name].startswith(f"RuntimeError: {name}: ")
-        assert "replicate_adapter" in said[name]
+        assert "one process" in said[name]
