@@ -14,6 +14,7 @@ from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.split import SplitLinear
 from rasa_ext.patching.parts import Part, deltas_of, linear_part
+from rasa_ext.patching.state import inner_name
 from rasa_ext.peft.named import NamedAdapters, RowAdapters
 
 
@@ -117,7 +118,7 @@ def keys_in_files(model: nn.Module, adapter_name: str) -> list[str]:
 
 def pools_in_files(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Return the names of an adapter's pools in ``state_dict``, by key as if on the first layer."""
-    modules = {module: name for name, module in model.named_modules()}
+    modules = {module: inner_name(name) for name, module in model.named_modules()}
     return {
         f"{name}.rasa_pool_{field}.{adapter_name}": f"{modules[pool]}.{adapter_name}"
         for layer, name in modules.items()

@@ -30,7 +30,7 @@ def trained(tmp_path_factory, forked_python) -> Path:
 @pytest.mark.parametrize(("recipe", "case"), training.RUNS)
 def test_two_processes_train_as_one(recipe, case, trained, tmp_path, figure):
     model, losses, norms = training.train(training.alone(training.CASES[case]))
-    rasa_ext.save_adapter(model, tmp_path)
+    training.save(model, training.CASES[case], tmp_path)
     there = trained / f"{recipe}-{case}"
     adapters = adapter_difference(tmp_path, there)
     losses_there, norms_there = torch.load(there / "steps.pt")

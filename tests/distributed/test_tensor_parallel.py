@@ -35,9 +35,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("case", split.CASES)
+@pytest.mark.parametrize("case", split.ENGINES)
 def test_two_processes_train_as_one(case, halves, tmp_path, figure):
-    model = split.adapted(split.whole(case))
+    model = split.adapted(split.whole(case if case in split.CASES else "biased"))
     randomize(model, 3)
     one, two = split.train(model), torch.load(halves / case / "steps.pt")
     rasa_ext.save_adapter(model, tmp_path)

@@ -78,12 +78,13 @@ def gradients(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Return gradients with the oracle's keys: each pool once, with the group's first layer."""
     result, pools = {}, set()
     for name, adapter in found.items():
-        for field in ("A", "B", "d"):
-            result[f"{name}.{field}"] = getattr(adapter, field).grad
+        fields = ["A", "B", "d"]
         if adapter.A_pool is not None and id(adapter.A_pool) not in pools:
             pools.add(id(adapter.A_pool))
-            for field in ("A_pool", "B_pool"):
-                result[f"{name}.{field}"] = getattr(adapter, field).grad
+            fields += ["A_pool", "B_pool"]
+        for field in fields:
+            tensor = getattr(adapter, field)
+            result[f"{name}.{field}"] = tensor.grad if tensor.numel() else torch.zeros_like(tensor)
     return result
 
 

@@ -53,7 +53,7 @@ def gradients(call, x: Tensor, shares: Tensor, leaves: Mapping[str, Tensor]) -> 
     x, shares = x.clone().requires_grad_(), shares.clone().requires_grad_()
     y = call(x, shares)
     probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    wanted = {"x": x, "shares": shares, **leaves}
+    wanted = {"x": x, "shares": shares, **{n: leaf for n, leaf in leaves.items() if leaf.numel()}}
     grads = torch.autograd.grad((y * probe.to(y.dtype)).sum(), list(wanted.values()))
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 

@@ -55,7 +55,7 @@ def test_only_u_is_new(rank, k, dtype, bias, needs_dx):
     assert_is_u(u, layer, TOKENS, dtype)
     assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
     y.sum().backward()
-    assert layer.B.grad is not None
+    assert layer.d.grad is not None
 
 
 def test_transposed_weights_are_not_copied():

@@ -58,7 +58,9 @@ def chain(config=CONFIGS[1], layers: int = 3) -> tuple[nn.Module, nn.Module, dic
 
 
 def parameters(found: dict[str, Adapter]) -> list[Tensor]:
-    return list({id(t): t for each in found.values() for t in each if t is not None}.values())
+    """Return the tensors that are trained: the ones with elements."""
+    tensors = (t for each in found.values() for t in each if t is not None and t.numel())
+    return list({id(t): t for t in tensors}.values())
 
 
 def loss(y: Tensor) -> Tensor:

@@ -14,11 +14,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rasa_ext
 from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.base_layers.sharded import whole as gathered
 from tests.helpers.adapters import randomize
 from tests.helpers.models import LLAMA, randomize_weights
 from tests.helpers.processes import refuse_views
@@ -45,6 +53,8 @@ CASES = {
     "biased": (biased, torch.float64),
     "float32": (llama, torch.float32),
 }
+ENGINES = (*CASES, "torch's", "torch's, FSDP2")
+"""The cases split by transformers, and "biased" by torch."""
 MICRO = 2
 CLIP = 0.01
 # One pool for layers that are cut by rows and layers that are cut by columns.
@@ -68,8 +78,8 @@ def train(model: nn.Module) -> dict[str, Tensor]:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), part.flatten()) / MICRO
             loss.backward()
             losses[step] += loss.detach()
-        first = first or {name: p.grad.clone() for name, p in trained.items()}
-        norms[step] = nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        first = first or {name: gathered(p.grad).clone() for name, p in trained.items()}
+        norms[step] = gathered(nn.utils.clip_grad_norm_(trained.values(), CLIP))
         optimizer.step()
         optimizer.zero_grad()
     return {"losses": losses, "norms": norms, **first}
@@ -98,6 +108,22 @@ def halved(directory: Path, case: str) -> nn.Module:
         directory / f"base-{case}", distributed_config=config, dtype=CASES[case][1]
     )
     assert is_dtensor(model.model.layers[0].mlp.down_proj.weight)
+    return model
+
+
+def parallelized(how: str) -> nn.Module:
+    """Split the base "biased" by torch's styles, adapt it, and shard it if ``how`` says so."""
+    model, mesh = whole("biased"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    for block in model.model.layers:
+        plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+        plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(block, mesh["tp"], plan)
+    model = adapted(model)
+    randomize(model, 3)
+    if "FSDP2" in how:
+        for each in (*model.model.layers, model):
+            fully_shard(each, mesh=mesh["dp"])
     return model
 
 
@@ -149,6 +175,14 @@ def refused(directory: Path) -> None:
         (directory / "refused.json").write_text(json.dumps(said))
 
 
+def finish(model: nn.Module, directory: Path) -> None:
+    found = train(model)
+    assert_alike(gathered(p) for p in model.parameters() if p.requires_grad)
+    rasa_ext.save_adapter(model, directory)
+    if dist.get_rank() == 0:
+        torch.save(found, directory / "steps.pt")
+
+
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -158,11 +192,9 @@ def main(directory: Path) -> None:
         model = adapted(halved(directory, case))
         assert_alike(p for p in model.parameters() if p.requires_grad)
         randomize(model, 3)
-        found = train(model)
-        assert_alike(p for p in model.parameters() if p.requires_grad)
-        rasa_ext.save_adapter(model, directory / case)
-        if dist.get_rank() == 0:
-            torch.save(found, directory / case / "steps.pt")
+        finish(model, directory / case)
+    for how in ENGINES[len(CASES) :]:
+        finish(parallelized(how), directory / how)
     torch.manual_seed(dist.get_rank())
     found = step_of_peft(halved(directory, "biased"))
     if dist.get_rank() == 0:

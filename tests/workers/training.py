@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -26,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rasa_ext
 from rasa_ext.base_layers.sharded import whole
+from rasa_ext.peft import RasaConfig
 from tests.helpers import experts
 from tests.helpers.adapters import patched
 from tests.helpers.models import GPT2, LLAMA, TIED, Entry
+from tests.helpers.peft_experts import lively
 from tests.helpers.processes import refuse_views
 
 
@@ -51,6 +55,8 @@ class Case:
     grouping: str | None = None
     """Grouping of stacked experts; None: the model has none."""
     k: int = 1
+    peft: bool = False
+    """Whether PEFT adapts the model."""
 
 
 MIXTRAL = experts.entry()
@@ -65,6 +71,8 @@ CASES = {
     "bfloat16": Case(LLAMA, use_reentrant=False, dtype=torch.bfloat16),
     "experts": Case(MIXTRAL, grouping="slot"),
     "experts-pool": Case(MIXTRAL, grouping="shared", k=experts.TOP, use_reentrant=False),
+    "peft": Case(LLAMA, micro=2, use_reentrant=False, peft=True),
+    "peft-experts": Case(MIXTRAL, grouping="slot", peft=True),
 }
 CLIP = 0.01
 
@@ -73,7 +81,10 @@ Wrap = Callable[[nn.Module, Case], nn.Module]
 
 def build(case: Case) -> nn.Module:
     base = case.entry.build().to(case.dtype)
-    if case.grouping is None:
+    if case.peft:
+        options = {"r": 4, "rasa_experts": case.grouping, "target_modules": "all-linear"}
+        model = lively(get_peft_model(base, RasaConfig(**options))).train()
+    elif case.grouping is None:
         model = patched(base, modules_to_save=case.saved).train()
     else:
         everything = {"target_modules": "all-linear"}
@@ -146,6 +157,16 @@ def quiet(model: nn.Module, case: Case) -> Iterator[None]:
         yield
 
 
+def save(model: nn.Module, case: Case, directory: Path) -> None:
+    """Save by a call in every process: ours or, for a PEFT model, PyTorch's and PEFT's."""
+    if not case.peft:
+        rasa_ext.save_adapter(model, directory)
+        return
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        getattr(model, "module", model).save_pretrained(directory, state_dict=state)
+
+
 def ddp(model: nn.Module, case: Case) -> nn.Module:
     # Each re-entrant checkpoint runs its own backward, and the pool takes part in all of them.
     return DistributedDataParallel(model, static_graph=bool(case.use_reentrant))
@@ -178,8 +199,11 @@ def fsdp1(model: nn.Module, case: Case) -> nn.Module:
 
 RECIPES: dict[str, Wrap] = {"ddp": ddp, "ddp-unused": ddp_unused, "fsdp2": fsdp2, "fsdp1": fsdp1}
 # DDP that looks for unused parameters takes no re-entrant checkpoints, FSDP1 neither them nor two
-# dtypes.
-CANNOT = {("ddp-unused", "re-entrant"), ("fsdp1", "re-entrant"), ("fsdp1", "bfloat16")}
+# dtypes. PEFT saves nothing of layers inside FSDP1, a LoRA's neither.
+CANNOT = {
+    ("ddp-unused", "re-entrant"),
+    *(("fsdp1", name) for name in ("re-entrant", "bfloat16", "peft", "peft-experts")),
+}
 RUNS = [pair for pair in itertools.product(RECIPES, CASES) if pair not in CANNOT]
 
 
@@ -213,7 +237,7 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     for recipe, name in RUNS:
         model, *steps = train(CASES[name], RECIPES[recipe])
-        rasa_ext.save_adapter(model, directory / f"{recipe}-{name}")
+        save(model, CASES[name], directory / f"{recipe}-{name}")
         if dist.get_rank() == 0:
             torch.save(steps, directory / f"{recipe}-{name}" / "steps.pt")
     loaded(directory)
