@@ -8,7 +8,7 @@ from rasa_ext.checkpoint.lora import import_lora
 from rasa_ext.checkpoint.lora_export import export_error, export_lora, export_size
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.checkpoint.push import push_to_hub
-from rasa_ext.config import RasaConfig
+from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import drop_packs
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.ops import cuda_status

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import AdapterState, own_key, saved_tensors
 from rasa_ext.checkpoint.files import PREFIX, check_finite, check_tensors, read_adapter
-from rasa_ext.config import RasaConfig
-from rasa_ext.methods.base import LayerSpec, checked_number, fresh_A, fresh_B
+from rasa_ext.methods.base import checked_number, fresh_A, fresh_B
 from rasa_ext.methods.patterns import check_pattern, matches_end
+from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.patching.patch import plan_layers
 from rasa_ext.patching.targets import Plan, matches
 from rasa_ext.patching.tokens import ROWS, rows_key

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.expert_names import stacked_weights
 from rasa_ext.checkpoint.files import PREFIX, read_adapter
-from rasa_ext.config import RasaConfig
+from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.state import unwrap
 
 _OFFICIAL = {"rasa_A": "rasa_A", "rasa_B": "rasa_B", "rasa_d": "rasa_mixing"}

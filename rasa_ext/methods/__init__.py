@@ -10,7 +10,6 @@ from rasa_ext.methods.base import (
     METHODS,
     OFFICIAL,
     AdapterConfig,
-    LayerSpec,
     Rate,
     checked_choice,
     checked_integer,
@@ -22,6 +21,7 @@ from rasa_ext.methods.base import (
 )
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.ops import Factors
 
 __all__ = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.patterns import check_pattern
 from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, tokens_to_json
+from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.ops import Factors
 
 if TYPE_CHECKING:
@@ -43,22 +44,6 @@ Counts = tuple[tuple[str, int], ...] | Mapping[str, int]
 
 GivenGroups = Groups | Mapping[str, str | Sequence[str]] | Sequence[str] | None
 """``Groups`` as users give them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """A layer's index in the group, and the shape and device of the base layer."""
-
-    index: int
-    """0 for the first layer of the group, after which files name the pool."""
-    num_layers: int
-    out_features: int
-    in_features: int
-    device: torch.device
-    name: str = ""
-    """The layer's name in the model."""
-    experts: int = 0
-    """How many experts a stacked weight has; 0 for a linear layer."""
 
 
 def option(default: Any, text: str, counts: int = 0) -> Any:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from rasa_ext.methods.base import (
     AdapterConfig,
-    LayerSpec,
     checked_choice,
     document_fields,
     fresh_A,
     fresh_B,
     option,
 )
+from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.ops import Factors
 
 

@@ -13,7 +13,6 @@ from rasa_ext.methods.base import (
     MOST_RANKS,
     AdapterConfig,
     Counts,
-    LayerSpec,
     checked_choice,
     checked_integer,
     document_fields,
@@ -22,6 +21,7 @@ from rasa_ext.methods.base import (
     option,
 )
 from rasa_ext.methods.patterns import check_pattern, matches_end
+from rasa_ext.nn.adapter import LayerSpec
 
 GROUPINGS = ("slot", "layer", "shared")
 """Which experts share a pool."""

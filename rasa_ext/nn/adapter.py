@@ -1,7 +1,8 @@
-"""Adapter, and AdaptedModule: the base class of frozen modules with adapters."""
+"""Adapter, LayerSpec, and AdaptedModule: the base class of frozen modules with adapters."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """A layer's index in the group, and the shape and device of the base layer."""
+
+    index: int
+    """0 for the first layer of the group, after which files name the pool."""
+    num_layers: int
+    out_features: int
+    in_features: int
+    device: torch.device
+    name: str = ""
+    """The layer's name in the model."""
+    experts: int = 0
+    """How many experts a stacked weight has; 0 for a linear layer."""
+
+
 class Method(Protocol):
     """The part of a config that a layer uses; see ``methods.base.AdapterConfig``."""
 
@@ -27,10 +44,12 @@ class Method(Protocol):
     def adapter_dtype(self) -> torch.dtype:
         """Dtype of the trainable parameters."""
 
-    def layer_tensors(self, spec: Any) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make one layer's tensors, by name."""
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
+    def factors(
+        self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: LayerSpec
+    ) -> Factors:
         """Return the factors of one layer from the layer's and the group's tensors."""
 
 
@@ -50,7 +69,7 @@ class Adapter(NamedTuple):
     config: Method
     own: Mapping[str, Tensor]
     pool: Mapping[str, Tensor]
-    spec: Any
+    spec: LayerSpec
     owner: Any
     """The module that has the tensors, as ``packs`` knows it."""
     packs: Packs

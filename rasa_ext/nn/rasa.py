@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.nn.adapted_linear import AdaptedLinear
-from rasa_ext.nn.adapter import Adapter, Method
+from rasa_ext.nn.adapter import Adapter, LayerSpec, Method
 from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.split import SplitLinear
 
@@ -135,7 +135,7 @@ class AdapterOwner(TensorOwner):
     d: Tensor
     pool: RasaPool | None
 
-    def begin(self, config: Method, spec: Any, pool: RasaPool | None, packs: PackSet) -> None:
+    def begin(self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet) -> None:
         """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
         self.config, self.spec, self.packs = config, spec, packs
         packs.join(spec.index, self)
@@ -202,7 +202,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
         self,
         base_layer: LinearLayer,
         config: Method,
-        spec: Any,
+        spec: LayerSpec,
         pool: RasaPool | None,
         packs: PackSet,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rasa_ext.nn.adapted_experts import AdaptedExperts
-from rasa_ext.nn.adapter import Adapter, Method
+from rasa_ext.nn.adapter import Adapter, LayerSpec, Method
 from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.rasa import AdapterOwner, RasaPool
 
@@ -34,7 +34,9 @@ class RasaExpertWeight(AdapterOwner):
         (torch.Size([4, 3]), 5)
     """
 
-    def __init__(self, config: Method, spec: Any, pool: RasaPool | None, packs: PackSet) -> None:
+    def __init__(
+        self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet
+    ) -> None:
         super().__init__()
         self.begin(config, spec, pool, packs)
 

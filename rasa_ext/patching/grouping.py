@@ -13,8 +13,8 @@ import torch
 from rasa_ext.base_layers.experts import ExpertWeight
 from rasa_ext.base_layers.linear import LinearLayer
 from rasa_ext.base_layers.survey import base_shape
-from rasa_ext.methods.base import AdapterConfig, Groups, LayerSpec
-from rasa_ext.nn.adapter import Adapter
+from rasa_ext.methods.base import AdapterConfig, Groups
+from rasa_ext.nn.adapter import Adapter, LayerSpec
 from rasa_ext.nn.packs import PackSet
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # between two dots, or a dot and an end

@@ -28,8 +28,9 @@ from rasa_ext.base_layers.survey import base_device, check_base, survey
 from rasa_ext.checkpoint.adapter import own_names
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.official import official_name
-from rasa_ext.methods.base import ALL_LINEAR, LayerSpec, groups_to_json
+from rasa_ext.methods.base import ALL_LINEAR, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
+from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.nn.packs import Decoding
 from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging

@@ -12,8 +12,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from rasa_ext.methods.base import AdapterConfig, LayerSpec
-from rasa_ext.nn.adapter import Adapter
+from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.nn.adapter import Adapter, LayerSpec
 from rasa_ext.nn.packs import Decoding, PackSet
 from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
 from rasa_ext.patching.parts import Part

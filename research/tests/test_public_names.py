@@ -21,7 +21,7 @@ from tests.helpers.pages import RESEARCH, check_commands
 FOLDER = Path(rasa_research.__file__).parent
 MODULES = (
     "rasa_ext",
-    *(f"rasa_ext.{name}" for name in ("checkpoint", "distributed", "linalg", "methods", "nn")),
+    *(f"rasa_ext.{name}" for name in ("checkpoint", "linalg", "methods", "nn")),
     *(f"rasa_ext.{name}" for name in ("patching", "training", "commands.output", "commands.data")),
     *(f"rasa_ext.commands.{name}" for name in ("models", "parsing")),
 )

@@ -223,9 +223,20 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     assert content(options.output) == before
 
 
-@pytest.mark.parametrize("held_out", [3, 5])
-def test_two_processes_train_as_one_and_write_once(held_out, base, tmp_path, forked_python):
+FSDP2 = {
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+}
+
+
+@pytest.mark.parametrize(("held_out", "engine"), [(3, {}), (5, {}), (5, FSDP2)])
+def test_two_processes_train_as_one_and_write_once(
+    held_out, engine, base, tmp_path, forked_python, monkeypatch
+):
     """Every step has all four rows. The second process has none or one of the held-out rows."""
+    for name, value in engine.items():
+        monkeypatch.setenv(name, value)
     rows = [{"prompt": "what is ", "completion": "plus " * n} for n in (1, 2, 5, 9, 3)]
     files = {"data": rows[:4], "eval_data": rows[-held_out:]}
     given = {name: str(write_jsonl(tmp_path / name, each)) for name, each in files.items()}

@@ -1,6 +1,7 @@
 """Fine-tune by the command, with the options in a folder's options.yaml.
 
 The variable ``INTERRUPT_AFTER`` is the step after which the second process interrupts itself.
+``FSDP_VERSION`` makes accelerate shard on CPUs.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import time
 
 from rasa_ext.commands import main
 from tests.helpers.finetuning import interrupting
+from tests.workers.trainer import shard_on_cpus
 
 if __name__ == "__main__":
     second = os.environ["RANK"] == "1"
     stop_at = int(os.environ.get("INTERRUPT_AFTER", "0")) if second else 0  # no step is 0
     sys.argv = ["rasa-ext", "finetune", "--config", f"{sys.argv[1]}/options.yaml"]
+    if "FSDP_VERSION" in os.environ:
+        shard_on_cpus()
     try:
         with interrupting(stop_at):
             main()

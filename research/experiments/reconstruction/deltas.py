@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rasa_ext.commands.models import find_smollm2, load_model
-from rasa_ext.config import RasaConfig
+from rasa_ext.methods import RasaConfig
 from rasa_ext.patching.targets import make_plan
 
 
