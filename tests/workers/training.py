@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rasa_ext
 from rasa_ext.base_layers.sharded import whole
+from rasa_ext.nn import AdaptedModule
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts
 from tests.helpers.adapters import patched
@@ -160,7 +161,8 @@ def quiet(model: nn.Module, case: Case) -> Iterator[None]:
 def save(model: nn.Module, case: Case, directory: Path) -> None:
     """Save by a call in every process: ours or, for a PEFT model, PyTorch's and PEFT's."""
     if not case.peft:
-        rasa_ext.save_adapter(model, directory)
+        if not isinstance(model, DistributedDataParallel) or dist.get_rank() == 0:
+            rasa_ext.save_adapter(model, directory)
         return
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -177,8 +179,13 @@ def ddp_unused(model: nn.Module, case: Case) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    lists = (each for each in model.modules() if isinstance(each, nn.ModuleList))
-    return [block for each in lists for block in each if block.children()]
+    """Return the outermost items of lists and sequences that hold an adapted layer."""
+    found = []
+    for child in model.children():
+        adapted = any(isinstance(each, AdaptedModule) for each in child.modules())
+        item = isinstance(model, (nn.ModuleList, nn.Sequential)) and adapted
+        found += [child] if item else blocks(child)
+    return list(dict.fromkeys(found))
 
 
 def fsdp2(model: nn.Module, case: Case) -> nn.Module:
