@@ -17,7 +17,7 @@ ORDER = [
     {"methods"},
     {"config"},
     {"patching"},
-    {"checkpoint", "distributed"},
+    {"checkpoint"},
     {"peft", "analysis", "training"},
     {"api"},
     {""},

@@ -19,8 +19,7 @@ GENERATED = re.compile(r"^<!-- .*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "benchmarks.md": 1,
     "compatibility.md": 2,
-    "distributed.md": 2,
-    "engines.md": 4,
+    "distributed.md": 4,
     "files.md": 3,
     "install.md": 1,
     "lora-pro.md": 1,

@@ -8,13 +8,12 @@ import inspect
 import pytest
 
 import rasa_ext
-from rasa_ext import analysis, distributed, linalg, methods, training
+from rasa_ext import analysis, linalg, methods, training
 from rasa_ext.nn import rasa_experts, routed
 from tests.helpers import docstrings
 from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
 
 PUBLIC = {name: getattr(rasa_ext, name) for name in rasa_ext.__all__}
-PUBLIC |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
 PUBLIC |= {
     f"{module}.{name}": getattr(getattr(rasa_ext, module), name)
     for module in ("checkpoint", "patching")

@@ -42,7 +42,7 @@ def test_the_command_s_page_has_every_option():
 
 def test_the_python_pages_have_every_public_name():
     text = "".join((ROOT / "docs" / name).read_text() for name in ("api.md", "extending.md"))
-    names = ("methods", "patching", "training", "checkpoint", "linalg", "distributed")
+    names = ("methods", "patching", "training", "checkpoint", "linalg")
     names += tuple(f"commands.{each}" for each in ("output", "data", "models", "parsing"))
     modules = {name: importlib.import_module(f"rasa_ext.{name}") for name in names}
     shown = set(re.findall(r"\brasa_ext\.([\w.]+\w)", text))

@@ -42,8 +42,6 @@ def namespace(tmp_path, monkeypatch):
     }
     with local_hub(monkeypatch, tmp_path / "cache"):
         yield {"rasa_ext": rasa_ext, "torch": torch, **models}
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def run_example(name: str, each: Any, namespace: dict[str, Any]) -> None:
