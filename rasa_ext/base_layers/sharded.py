@@ -67,9 +67,11 @@ def check_whole(**matrices: Tensor | None) -> None:
     for name, matrix in matrices.items():
         if matrix is not None and not is_whole(matrix):
             raise RuntimeError(
-                f"expected an adapter that is whole while its layer runs, but its {name} is "
-                f"{what_is_here(matrix)}; call the sharded model itself, with checkpoints of "
-                "use_reentrant=False under FSDP1, and use peft.get_peft_model, not add_adapter."
+                f"expected an adapter that is whole here, but its {name} is "
+                f"{what_is_here(matrix)}. In training, call the model that was sharded, not a "
+                "layer; under FSDP1 use checkpoints of use_reentrant=False; use "
+                "peft.get_peft_model, not add_adapter. Else save the adapter and load it into a "
+                "whole model."
             )
 
 

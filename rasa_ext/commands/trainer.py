@@ -15,6 +15,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
+from rasa_ext.base_layers.sharded import is_sharded
 from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
 from rasa_ext.commands.checkpoints import RUN
@@ -172,14 +173,21 @@ class AdapterTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: saving writes the card."""
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; if an engine shards the model, every process takes part."""
+        self._save(output_dir)
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        if not self.args.should_save:
+        sharded = any(map(is_sharded, self.base_model.parameters()))
+        if not (self.args.should_save or sharded):
             return
         directory = output_dir if output_dir is not None else self.args.output_dir
         is_checkpoint = Path(directory) != Path(self.args.output_dir)
         rasa_ext.save_adapter(self.base_model, directory, card=None if is_checkpoint else self.card)
+        if not self.args.should_save:
+            return
         if is_checkpoint:
             (Path(directory) / RUN).write_text(self.record, encoding="utf-8")
         self.processing_class.save_pretrained(directory)

@@ -156,8 +156,9 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     def pool_of(self, field: str) -> Tensors:
         """Return the pools' tensors of one name, which this first layer refers to."""
         name = f"rasa_pool_{field}"
-        found: Tensors = self.__dict__.get(name) or self._modules[name]  # type: ignore[assignment]
-        return found
+        found: Any = self.__dict__.get(name) or self._modules[name]
+        pool: Tensors = found
+        return pool
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the weight, active or not."""

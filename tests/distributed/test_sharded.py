@@ -151,7 +151,7 @@ def test_a_pool_that_another_block_has(mesh, monkeypatch):
 def test_a_layer_outside_of_its_block(mesh):
     model = shard(patched(LLAMA.build()), mesh)
     layer = model.model.layers[1].mlp.up_proj
-    with pytest.raises(RuntimeError, match=r"its A is a DTensor.*call the sharded model"):
+    with pytest.raises(RuntimeError, match=r"its A is a DTensor.*into a whole model"):
         layer.adapter().factors()
 
 

@@ -15,7 +15,6 @@ ORDER = [
     {"_version", "base_layers", "linalg", "ops", "writing"},
     {"nn"},
     {"methods"},
-    {"config"},
     {"patching"},
     {"checkpoint"},
     {"peft", "analysis", "training"},

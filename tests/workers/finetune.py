@@ -6,20 +6,38 @@ The variable ``INTERRUPT_AFTER`` is the step after which the second process inte
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
+from typing import Any
+
+from transformers import Trainer
 
 from rasa_ext.commands import main
 from tests.helpers.finetuning import interrupting
 from tests.workers.trainer import shard_on_cpus
+
+
+def sharding() -> None:
+    """Make every Trainer shard, once the arguments have begun their process group."""
+    begin = Trainer.__init__
+
+    @functools.wraps(begin)
+    def sharded(self: Trainer, *args: Any, **options: Any) -> None:
+        shard_on_cpus()
+        begin(self, *args, **options)
+        assert self.is_fsdp_enabled
+
+    Trainer.__init__ = sharded
+
 
 if __name__ == "__main__":
     second = os.environ["RANK"] == "1"
     stop_at = int(os.environ.get("INTERRUPT_AFTER", "0")) if second else 0  # no step is 0
     sys.argv = ["rasa-ext", "finetune", "--config", f"{sys.argv[1]}/options.yaml"]
     if "FSDP_VERSION" in os.environ:
-        shard_on_cpus()
+        sharding()
     try:
         with interrupting(stop_at):
             main()
