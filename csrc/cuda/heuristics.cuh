@@ -42,7 +42,8 @@ constexpr int kDotRanks = 4;
 constexpr int kDotBytes = 64;
 
 // Blocks of pack_backward that must fit on a multiprocessor: this allows 128 registers per thread.
-// With 80, elements in flight are spilled. Two blocks have 64 KB in flight, more than latency needs.
+// With 80, elements in flight are spilled. Two blocks have 64 KB in flight, more than latency
+// needs.
 constexpr int kGradBlocks = 2;
 
 // Most tokens that decode takes.
