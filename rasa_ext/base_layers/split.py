@@ -8,6 +8,7 @@ replaces, or of torch's hooks.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -109,10 +110,14 @@ def _style(base: nn.Module) -> _Style | None:
         return _Style(type(style).__name__, reads, gives, style.use_local_output)
     before = (_closed_over(each, "input_fn") for each in base._forward_pre_hooks.values())
     after = (_closed_over(each, "output_fn") for each in base._forward_hooks.values())
-    for reads, gives in zip(filter(None, before), filter(None, after), strict=False):
-        (read, _), ((given,), local) = reads.args, gives.args
-        return _Style(gives.func.__qualname__.partition(".")[0], read[0], given, local)
-    return None
+    reads, gives = (
+        next((each for each in found if isinstance(each, partial)), None)
+        for found in (before, after)
+    )
+    if reads is None or gives is None:
+        return None
+    ((read,), _), ((given,), local) = reads.args, gives.args
+    return _Style(gives.func.__qualname__.partition(".")[0], read, given, local)
 
 
 def _closed_over(function: Any, name: str, *others: str) -> Any:

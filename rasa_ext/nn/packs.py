@@ -123,9 +123,8 @@ class PackSet:
         if not grad or not entry.trained:
             return entry.pack
         if not found.linked:  # a re-entrant checkpoint packs without grad
-            if (
-                is_sharing()
-            ):  # else DistributedDataParallel would take all layers' gradients as made
+            # DistributedDataParallel would take a group's gradients as complete too early.
+            if is_sharing():
                 return _alone(adapter, dtype)
             self._link(found, self._layers(device))
         if entry.ported is None:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 import rasa_ext
 import rasa_ext.peft
-from rasa_ext.base_layers.sharded import is_dtensor, whole
+from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.base_layers.sharded import whole as gathered
 from tests.helpers.adapters import patched
 from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 from tests.helpers.processes import adapter_difference
@@ -30,8 +31,9 @@ def mesh():
     dist.destroy_process_group()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, **options) -> nn.Module:
-    for each in (*blocks(model), model):
+def shard(model: nn.Module, mesh: DeviceMesh, whole: bool = False, **options) -> nn.Module:
+    """Shard the model by blocks, or as a ``whole``."""
+    for each in (*([] if whole else blocks(model)), model):
         fully_shard(each, mesh=mesh, **options)
     return model
 
@@ -42,11 +44,12 @@ def call(model: nn.Module) -> torch.Tensor:
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     named = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return {name: whole(grad) for name, grad in named}
+    return {name: gathered(grad) for name, grad in named}
 
 
 OPTIONS = {
     "": {},
+    "at once": {"whole": True},
     "gathered": {"reshard_after_forward": False},
     "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "float64": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float64)},
@@ -73,7 +76,7 @@ def test_a_step_is_that_of_a_whole_model(entry, options, mesh):
             assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("options", ["", "gathered"])
+@pytest.mark.parametrize("options", ["", "at once", "gathered"])
 def test_a_file_has_the_values_after_a_step(options, mesh, tmp_path):
     """A forward has gathered the values before the step."""
     model = shard(patched(LLAMA.build(), modules_to_save=["lm_head"]), mesh, **OPTIONS[options])
@@ -97,10 +100,10 @@ def test_trained_rows(entry, mesh, tmp_path):
     entry.loss(alone, entry.inputs(0))[1].backward()
     entry.loss(shard(model, mesh), entry.inputs(0))[1].backward()
     rows = rasa_ext.adapter_parameters(model)[-1]
-    torch.testing.assert_close(whole(rows.grad), rasa_ext.adapter_parameters(alone)[-1].grad)
+    torch.testing.assert_close(gathered(rows.grad), rasa_ext.adapter_parameters(alone)[-1].grad)
     rasa_ext.save_adapter(model, tmp_path)
     loaded = rasa_ext.load_adapter(entry.build(), tmp_path)
-    assert torch.equal(rasa_ext.adapter_parameters(loaded)[-1], whole(rows.detach()))
+    assert torch.equal(rasa_ext.adapter_parameters(loaded)[-1], gathered(rows.detach()))
 
 
 def test_patching_a_sharded_base(mesh):
@@ -109,19 +112,19 @@ def test_patching_a_sharded_base(mesh):
         rasa_ext.patch_model(model)
 
 
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("merge", [rasa_ext.merge, rasa_ext.merge_and_unload])
-def test_merging_into_a_sharded_base(merge, gathered, mesh):
+def test_merging_into_a_sharded_base(merge, ran, mesh):
     """Gathered weights are refused, too, since writes to them are lost."""
     model = shard(patched(LLAMA.build()), mesh, reshard_after_forward=False)
     with torch.no_grad():
-        if gathered:
+        if ran:
             before = call(model)
     with pytest.raises(ValueError, match=r"^model: expected whole base.*q_proj.*save the adapter"):
         merge(model)
     with torch.no_grad():
         after = call(model)
-    if gathered:
+    if ran:
         torch.testing.assert_close(before, after)
 
 

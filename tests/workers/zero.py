@@ -6,7 +6,9 @@ norms of every case to DIRECTORY/CASE, or an error to DIRECTORY/CASE.txt.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +128,10 @@ def main(directory: Path) -> None:
                 (directory / f"{name}.txt").write_text(f"{type(error).__name__}: {error}")
                 traceback.print_exc()
     dist.barrier()
-    dist.destroy_process_group()
+    # All work is done. Exit at once: DeepSpeed's threads have aborted a process that ends.
+    sys.stdout.flush()
+    time.sleep(1)  # until the other process has left the barrier
+    os._exit(0)
 
 
 if __name__ == "__main__":
