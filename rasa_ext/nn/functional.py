@@ -5,13 +5,13 @@
     adapted_group(x, Ws, bias, ...)   -> low_rank_linear of L layers on L given inputs
 
 The backward saves the pack, x only if an A is trained, and U = x Ap^T only if a B or d is trained.
-Dropout adds a mask of one bit for each element of x. All gradients are first order; differentiating
-twice raises.
+Dropout adds a mask of one bit for each element of x. Gradients of the adapter are first order;
+differentiating them again raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -98,13 +98,14 @@ def _forward(
     scale: float,
     Ap: Tensor,
     Bp: Tensor,
+    linear: Callable[..., tuple[Tensor, Tensor]] = ops.low_rank_linear,
+    add: Callable[..., tuple[Tensor, Tensor]] = ops.low_rank_add,
 ) -> tuple[Tensor, Tensor]:
     rows = flatten_tokens(x)
     if y is not None:
-        out, U = ops.low_rank_add(flatten_tokens(y), rows, Ap, Bp, mask, scale)
+        out, U = add(flatten_tokens(y), rows, Ap, Bp, mask, scale)
     else:
-        assert weight is not None
-        out, U = ops.low_rank_linear(rows, weight, bias, Ap, Bp, mask, scale)
+        out, U = linear(rows, weight, bias, Ap, Bp, mask, scale)
     return unflatten_like(out, x), U
 
 
@@ -217,6 +218,11 @@ def low_rank_linear(
         (..., out); y is not changed.
     """
     if torch.is_grad_enabled():
+        if dropped.mask is None and ops.differentiates_products(x):
+            Ap, Bp = (
+                p if port is None else port for p, port in zip(pack[:2], pack[2:], strict=True)
+            )
+            return _forward(y, x, weight, bias, *dropped, Ap, Bp, ops.linear, ops.linear_add)[0]
         return _LowRankLinear.apply(y, x, weight, bias, *dropped, *pack)
     return _forward(y, x, weight, bias, dropped.mask, dropped.scale, pack.Ap, pack.Bp)[0]
 

@@ -5,7 +5,8 @@ autograd node, through which the gradients of all packs come back. The node runs
 complete, and sums the pool's gradients over the layers in a fixed order.
 
 A gradient reaches the node as that of a *port*: a tensor of the pack's shape in the accumulation
-dtype, expanded from one element. So autograd carries it in float32 whatever the pack's dtype.
+dtype, expanded from one element. So autograd carries it in float32 whatever the pack's dtype. Where
+PyTorch differentiates the products of a pack, the pack is the port.
 """
 
 from __future__ import annotations
@@ -420,6 +421,8 @@ class _Gate(Function):
         ctx.set_materialize_grads(False)
         ctx.factors, ctx.found = factors, found
         ctx.versions = [_versions(each) for each in factors]
+        if ops.differentiates_products(packs[0]):
+            return *packs[0].unbind(0), *packs[1].unbind(0)
         zero = packs[0].new_zeros((), dtype=ops.accumulation_dtype(packs[0].dtype))
         down, up = (zero.expand(each.shape).unbind(0) for each in packs)
         return *down, *up

@@ -15,6 +15,7 @@ from rasa_ext.ops.fused_projections import (
     linear_projections_backward,
 )
 from rasa_ext.ops.heuristics import (
+    differentiates_products,
     fuse_projections,
     noise_words,
     rank_multiple,
@@ -26,7 +27,13 @@ from rasa_ext.ops.layers import (
     merge_group,
 )
 from rasa_ext.ops.library import COMPILED, COMPOSED, OPERATORS, accumulation_dtype, cuda_status
-from rasa_ext.ops.linear import low_rank_add, low_rank_linear, low_rank_linear_backward
+from rasa_ext.ops.linear import (
+    linear,
+    linear_add,
+    low_rank_add,
+    low_rank_linear,
+    low_rank_linear_backward,
+)
 from rasa_ext.ops.pack import (
     Factors,
     differentiable_pack,

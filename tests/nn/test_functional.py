@@ -232,8 +232,17 @@ def test_gradients_of_B_have_its_strides_and_are_not_copied():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_second_derivative_is_refused(layers, device):
+    """Where PyTorch differentiates the products, it takes x's, which are right."""
     x, weights, biases, adapters, _ = draw(SHAPES[0], device, layers=layers)
-    *_, y = outputs(x.requires_grad_(), weights, biases, list(map(trainable, adapters)))
-    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    factors = list(map(trainable, adapters))
+    *_, y = outputs(x.requires_grad_(), weights, biases, factors)
+    of_x, of_A = torch.autograd.grad(y.square().sum(), (x, factors[-1].A), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
-        first.sum().backward()
+        of_A.sum().backward(retain_graph=True)
+    if layers == 1 and device == "cpu":
+        (found,) = torch.autograd.grad(of_x.sum(), x)
+        whole = (weights[0] + oracle.delta(factors[0])).detach()
+        torch.testing.assert_close(found, 2 * (torch.ones_like(x) @ whole.T) @ whole)
+    else:
+        with pytest.raises(RuntimeError, match="differentiate"):
+            of_x.sum().backward()
