@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.layouts import MXFP4_EXPERTS, packed_experts
 from rasa_ext.base_layers.linear import is_linear
-from rasa_ext.base_layers.sharded import is_dtensor
-
-ExpertWeight = tuple[nn.Module, str]
-"""One stacked weight: the module, and the name of the parameter."""
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
 _UNMARKED = {
@@ -107,41 +103,6 @@ def expert_weight(module: Any, name: str) -> Tensor:
         nothing = torch.empty((), dtype=torch.uint8, device=weight.device)
         return nothing.expand(expert_shape(module, name))
     return weight.transpose(1, 2) if is_transposed(module) else weight
-
-
-def named_expert_weights(path: str, module: nn.Module) -> dict[str, ExpertWeight]:
-    """Return the stacked weights of a module by name, ``path`` first; none if it has no experts."""
-    names = expert_weight_names(module) if is_experts(module) else ()
-    return {f"{path}.{name}".lstrip("."): (module, name) for name in names}
-
-
-def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
-    """Raise TypeError or ValueError if a stacked weight cannot be adapted."""
-    module, name = stack
-    weight: Any = getattr(module, name)
-    where = f"experts: {full_name!r}"
-    if getattr(module, "_is_expert_parallel", False):
-        raise ValueError(
-            f"{where} is spread over processes by expert parallelism, expected every expert on "
-            "every process; load the model without it, or leave out experts."
-        )
-    if is_dtensor(weight):
-        raise ValueError(
-            f"{where} is sharded over processes, expected a whole weight; patch the model "
-            "first, then shard it."
-        )
-    usual = type(weight) in (nn.Parameter, Tensor)
-    numbers = usual and weight.is_floating_point() and weight.itemsize > 1
-    if not numbers and packed_experts(module, name) is None:
-        raise TypeError(
-            f"{where} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
-            "weights; load the model dequantized, or leave out experts."
-        )
-    if len(weight.shape) != 3 or 0 in weight.shape:
-        raise ValueError(
-            f"{where} has the shape {tuple(weight.shape)}, expected a stack of matrices; gather "
-            "sharded weights before patching, or leave out experts."
-        )
 
 
 def routers_of(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

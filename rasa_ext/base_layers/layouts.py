@@ -57,7 +57,7 @@ class Format:
         self.name = name
 
     def check(self, name: str, base: LinearLayer) -> None:
-        """Raise ValueError if the layer called ``name`` cannot be adapted in this state."""
+        """Raise ValueError, beginning with ``name``, if the layer cannot give the values of W."""
 
     def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
         """Return the dtype of the weight before quantization, or None if unknown."""

@@ -70,9 +70,9 @@ class BnbLinear4bit(Format):
         _, in_features = linear_shape(base)
         if base.weight.device.type == "cpu" and in_features % state.blocksize:
             raise ValueError(
-                f"target_modules: {name!r} ({self.name}) has {in_features} inputs, expected a "
-                f"multiple of the block size {state.blocksize}: otherwise bitsandbytes computes "
-                "wrong values on a CPU; do not quantize this layer, or use a GPU."
+                f"{name!r} ({self.name}) has {in_features} inputs, expected a multiple of the "
+                f"block size {state.blocksize}: otherwise bitsandbytes computes wrong values on a "
+                "CPU; do not quantize this layer, use a GPU"
             )
 
     def original_dtype(self, base: Any) -> torch.dtype | None:
@@ -107,8 +107,7 @@ class BnbLinear8bit(Format):
 
 def _raise_unquantized(name: str, fmt: str) -> NoReturn:
     raise ValueError(
-        f"target_modules: {name!r} ({fmt}) is not quantized yet; call model.to(device), which "
-        "quantizes it, before patching."
+        f"{name!r} ({fmt}) is not quantized yet; call model.to(device), which quantizes it, first"
     )
 
 

@@ -62,19 +62,6 @@ def what_is_here(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)} on this process"
 
 
-def check_whole(**matrices: Tensor | None) -> None:
-    """Raise RuntimeError if an adapter's matrices, by name, are not whole in a forward."""
-    for name, matrix in matrices.items():
-        if matrix is not None and not is_whole(matrix):
-            raise RuntimeError(
-                f"expected an adapter that is whole here, but its {name} is "
-                f"{what_is_here(matrix)}. In training, call the model that was sharded, not a "
-                "layer; under FSDP1 use checkpoints of use_reentrant=False; use "
-                "peft.get_peft_model, not add_adapter. Else save the adapter and load it into a "
-                "whole model."
-            )
-
-
 def reshard(model: nn.Module) -> None:
     """Make FSDP2 forget what it has gathered, which may be older than an optimizer's step."""
     for module in model.modules():

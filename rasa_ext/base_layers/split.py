@@ -87,8 +87,8 @@ def refusal(base: nn.Module) -> str | None:
     if split_of(base) is None:
         return (
             f"runs in the parallel style {style.name} with layouts or a weight "
-            "that adapters do not support, expected 'colwise' or 'rowwise' of nn.Linear; leave it "
-            "out with exclude_modules"
+            "that adapters do not support, expected 'colwise' or 'rowwise' of nn.Linear; give it "
+            "one of them"
         )
     return None
 

@@ -6,19 +6,19 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import (
-    ExpertWeight,
-    check_expert_weight,
     expert_shape,
+    expert_weight_names,
     expert_weights,
-    named_expert_weights,
+    is_experts,
     routers_of,
 )
+from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.base_layers.linear import (
     LinearLayer,
     computes_linear,
@@ -29,11 +29,119 @@ from rasa_ext.base_layers.linear import (
     stored_weight,
 )
 from rasa_ext.base_layers.quantized import check_gradients, format_of
-from rasa_ext.base_layers.split import refusal
+from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.base_layers.split import Split, refusal, split_of
 
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
 _LAST_NAMES = frozenset({"head", "heads", "fc"})
 """Names of a vision model's output head, if it is the last linear layer and outside all blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearBase:
+    """A linear layer, whose weight (out, in) an adapter changes."""
+
+    module: LinearLayer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)"""
+        return linear_shape(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the layer computes."""
+        return device_of(self.module)
+
+    @property
+    def split(self) -> Split | None:
+        """The part on this process of a layer that is split over processes, or None."""
+        return split_of(self.module)
+
+    def check(self, name: str) -> None:
+        """Raise TypeError or ValueError, which begin with the name, if W + dW is not possible."""
+        weight: Any = stored_weight(self.module)  # Any: a module of any origin
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no weight yet (a lazy layer); run one forward first")
+        if (fmt := format_of(self.module)) is not None:
+            fmt.check(name, self.module)
+        elif not isinstance(weight, Tensor) or not weight.is_floating_point():
+            found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(
+                f"{name!r} has a weight of {found}, expected a floating-point weight; load the "
+                "model dequantized"
+            )
+        if (reason := refusal(self.module)) is not None:
+            raise ValueError(f"{name!r} {reason}")
+        if 0 in self.shape or weight.numel() == 0:
+            raise ValueError(
+                f"{name!r} has a weight of shape {tuple(weight.shape)}, expected a shape without "
+                "zeros; gather sharded weights first"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedBase:
+    """The weights of all experts in one 3-D parameter, ``module.key``, which an adapter changes."""
+
+    module: nn.Module
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, out, in), in whatever layout the parameter is."""
+        return expert_shape(self.module, self.key)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameter."""
+        device: torch.device = getattr(self.module, self.key).device
+        return device
+
+    def check(self, name: str) -> None:
+        """Raise TypeError or ValueError, which begin with the name, if W + dW is not possible."""
+        weight: Any = getattr(self.module, self.key)
+        if getattr(self.module, "_is_expert_parallel", False):
+            raise ValueError(
+                f"{name!r} is spread over processes by expert parallelism, expected every expert "
+                "on every process; load the model without it"
+            )
+        if is_dtensor(weight):
+            raise ValueError(
+                f"{name!r} is sharded over processes, expected a whole weight; patch the model "
+                "first, then shard it"
+            )
+        usual = type(weight) in (nn.Parameter, Tensor)
+        numbers = usual and weight.is_floating_point() and weight.itemsize > 1
+        if not numbers and packed_experts(self.module, self.key) is None:
+            raise TypeError(
+                f"{name!r} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
+                "weights; load the model dequantized"
+            )
+        if len(weight.shape) != 3 or 0 in weight.shape:
+            raise ValueError(
+                f"{name!r} has the shape {tuple(weight.shape)}, expected a stack of matrices; "
+                "gather sharded weights first"
+            )
+
+
+Base: TypeAlias = LinearBase | StackedBase
+"""What an adapter changes: a linear layer, or a stack of experts' weights."""
+
+
+def stacked_bases(path: str, module: nn.Module) -> dict[str, StackedBase]:
+    """Return the stacked weights of a module by name, ``path`` first; none if it has no experts."""
+    names = expert_weight_names(module) if is_experts(module) else ()
+    return {f"{path}.{name}".lstrip("."): StackedBase(module, name) for name in names}
+
+
+def base_of(model: nn.Module, name: str, experts: int) -> Base:
+    """Return the linear layer called ``name``, or the stacked weight if ``experts`` is not 0."""
+    if not experts:
+        module: Any = model.get_submodule(name)
+        return LinearBase(module)
+    path, _, key = name.rpartition(".")
+    return StackedBase(model.get_submodule(path), key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +150,8 @@ class Survey:
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
-    linears: Mapping[str, LinearLayer]
-    stacks: Mapping[str, ExpertWeight]
+    linears: Mapping[str, LinearBase]
+    stacks: Mapping[str, StackedBase]
     """Stacked expert weights."""
 
     @functools.cached_property
@@ -57,9 +165,9 @@ class Survey:
             prefix = f"{path}." if path else ""
             kind: Any = type(module)
             if hasattr(module, "base_layer"):
-                reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
+                reason = f"part of {path!r}, a {kind.__name__} that wraps it already"
                 yield from ((name, reason) for name in self.linears if name.startswith(prefix))
-                # A module that holds weights under the adapted name, as in PEFT, may get more.
+                # A wrapper that holds weights under the plain name, as PEFT's do, may get more.
                 paths = {name: name.rpartition(".")[0] for name in self.stacks}
                 yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
                 continue
@@ -71,16 +179,16 @@ class Survey:
                 name = f"{prefix}{key}"
                 if name in self.linears and is_linear(child) and key in read_directly(kind):
                     yield name, f"{kind.__name__} reads the weight without calling the layer"
-        for name, layer in self.linears.items():
-            if format_of(layer) is None and not computes_linear(layer):
-                yield name, f"a {type(layer).__name__}, which does not compute x W^T + bias"
+        for name, base in self.linears.items():
+            if format_of(base.module) is None and not computes_linear(base.module):
+                yield name, f"a {type(base.module).__name__}, which does not compute x W^T + bias"
 
     @functools.cached_property
     def left_out(self) -> dict[str, str]:
-        """Layers that are adapted only if named explicitly, with the reason."""
+        """Layers to adapt only if they are named explicitly, with the reason."""
         routers = routers_of(self.modules)
         inside = tuple(f"{name}." for name in routers)
-        reason = "a router or gate of experts, adapted if target_modules names it"
+        reason = "a router or gate of experts, taken only if named"
         found = {n: reason for n in self.linears if n in routers or n.startswith(inside)}
         return {**found, **_heads(self)}
 
@@ -95,7 +203,7 @@ class Survey:
         names = set()
         for name, stack in self.stacks.items():
             with contextlib.suppress(TypeError, ValueError):
-                check_expert_weight(name, stack)
+                stack.check(name)
                 names.add(name)
         return names
 
@@ -113,8 +221,8 @@ class Survey:
 
 def survey(
     model: nn.Module,
-    linears: Mapping[str, LinearLayer] | None = None,
-    stacks: Mapping[str, ExpertWeight] | None = None,
+    linears: Mapping[str, LinearBase] | None = None,
+    stacks: Mapping[str, StackedBase] | None = None,
 ) -> Survey:
     """Return the layers of a model that can be adapted, without changing the model.
 
@@ -129,31 +237,12 @@ def survey(
     modules = dict(model.named_modules())
     check_gradients(modules)
     if linears is None:
-        linears = {name: module for name, module in modules.items() if is_linear(module)}
+        linears = {n: LinearBase(module) for n, module in modules.items() if is_linear(module)}
     if stacks is None:
         stacks = {}
         for path, module in modules.items():
-            stacks |= named_expert_weights(path, module)
+            stacks |= stacked_bases(path, module)
     return Survey(model, modules, linears, stacks)
-
-
-def base_of(model: nn.Module, name: str, experts: int) -> Any:
-    """Return the linear layer called ``name``, or the stacked weight if ``experts`` is not 0."""
-    if not experts:
-        return model.get_submodule(name)
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
-
-
-def base_shape(base: LinearLayer | ExpertWeight) -> tuple[int, ...]:
-    """Return (out, in) of a linear layer, or (experts, out, in) of a stacked weight."""
-    return expert_shape(*base) if isinstance(base, tuple) else linear_shape(base)
-
-
-def base_device(base: LinearLayer | ExpertWeight) -> torch.device:
-    """Return the device on which a linear layer or a stacked weight is used."""
-    device: torch.device = getattr(*base).device if isinstance(base, tuple) else device_of(base)
-    return device
 
 
 def _heads(found: Survey) -> dict[str, str]:
@@ -167,7 +256,8 @@ def _heads(found: Survey) -> dict[str, str]:
     parts = (answer for answer in answers if isinstance(answer, nn.Module))
     classifier: set[nn.Module] = {module for part in parts for module in part.modules()}
     heads = {}
-    for name, module in linears.items():
+    for name, base in linears.items():
+        module = base.module
         if OUTPUT_HEADS & set(name.split(".")):
             heads[name] = "an output head"
         elif id(stored_weight(module)) in tied:
@@ -180,7 +270,7 @@ def _heads(found: Survey) -> dict[str, str]:
     repeated = any(part.isdigit() for part in last.split("."))
     if last and last not in heads and not repeated:
         words = max(embeddings, key=lambda each: each.num_embeddings, default=None)
-        out, width = linear_shape(linears[last])
+        out, width = linears[last].shape
         config = getattr(model, "config", None)
         labels = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
         if last.partition(".")[0] in _LAST_NAMES:
@@ -198,30 +288,3 @@ def ask(model: nn.Module, method: str) -> Any:
         return getattr(model, method)()
     except (AttributeError, TypeError, NotImplementedError):
         return None
-
-
-def check_base(name: str, layer: LinearLayer | ExpertWeight) -> None:
-    """Raise TypeError or ValueError if the weight of a layer or of experts cannot be adapted."""
-    if isinstance(layer, tuple):
-        check_expert_weight(name, layer)
-        return
-    weight: Any = stored_weight(layer)  # Any: a module of any origin
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
-        )
-    if (fmt := format_of(layer)) is not None:
-        fmt.check(name, layer)
-    elif not isinstance(weight, Tensor) or not weight.is_floating_point():
-        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(
-            f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "
-            "leave it out with exclude_modules."
-        )
-    if (reason := refusal(layer)) is not None:
-        raise ValueError(f"target_modules: {name!r} {reason}.")
-    if 0 in linear_shape(layer) or weight.numel() == 0:
-        raise ValueError(
-            f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected a "
-            "shape without zeros; gather sharded weights before patching, or use exclude_modules."
-        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.sharded import check_whole
+from rasa_ext.base_layers.sharded import is_whole, what_is_here
 from rasa_ext.nn.precision import restored
 from rasa_ext.ops import Factors
 
@@ -53,10 +53,19 @@ class Method(Protocol):
         """Return the factors of one layer from the layer's and the group's tensors."""
 
 
+class Packed(NamedTuple):
+    """One layer's pack, and the ports that take the gradients; None for what is not trained."""
+
+    Ap: Tensor
+    Bp: Tensor
+    Ap_port: Tensor | None = None
+    Bp_port: Tensor | None = None
+
+
 class Packs(Protocol):
     """The packs of a group's layers; see ``nn.packs.PackSet``."""
 
-    def take(self, adapter: Any, dtype: torch.dtype) -> Any:
+    def take(self, adapter: Adapter, dtype: torch.dtype) -> Packed:
         """Return an adapter's pack."""
 
     def drop(self) -> None:
@@ -78,7 +87,7 @@ class Adapter(NamedTuple):
         """Return the tensors that make up the factors, in a fixed order."""
         return (*self.own.values(), *self.pool.values())
 
-    def pack(self, dtype: torch.dtype) -> Any:
+    def pack(self, dtype: torch.dtype) -> Packed:
         """Return the ``Packed`` in ``dtype``, which the layers of a group make together."""
         return self.packs.take(self, dtype)
 
@@ -103,6 +112,19 @@ class Adapter(NamedTuple):
         if A_pool.device != A.device or A_pool.dtype != A.dtype:
             return Factors(A, A_pool.to(A), B, B_pool.to(A), d)
         return factors
+
+
+def check_whole(**matrices: Tensor | None) -> None:
+    """Raise RuntimeError if an adapter's matrices, by name, are not whole in a forward."""
+    for name, matrix in matrices.items():
+        if matrix is not None and not is_whole(matrix):
+            raise RuntimeError(
+                f"expected an adapter that is whole here, but its {name} is "
+                f"{what_is_here(matrix)}. In training, call the model that was sharded, not a "
+                "layer; under FSDP1 use checkpoints of use_reentrant=False; use "
+                "peft.get_peft_model, not add_adapter. Else save the adapter and load it into a "
+                "whole model."
+            )
 
 
 class AdaptedModule(nn.Module):

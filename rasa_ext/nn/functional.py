@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from rasa_ext import ops
+from rasa_ext.nn.adapter import Packed
 from rasa_ext.nn.function import Function
-from rasa_ext.nn.packs import Packed, pack_alone, pack_layers, ports
+from rasa_ext.nn.packs import pack_alone, pack_layers, ports
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors
 

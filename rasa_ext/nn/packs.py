@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rasa_ext import ops
 from rasa_ext.base_layers.sharded import gather, is_sharded
-from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.adapter import Adapter, Packed
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.precision import is_sharing, restored
 from rasa_ext.ops import Factors
@@ -43,15 +43,6 @@ def _stepped(*_: Any) -> None:
 
 # Fused optimizers of torch and bitsandbytes write without raising a tensor's version.
 register_optimizer_step_post_hook(_stepped)
-
-
-class Packed(NamedTuple):
-    """One layer's pack, and the ports that take the gradients; None for what is not trained."""
-
-    Ap: Tensor
-    Bp: Tensor
-    Ap_port: Tensor | None = None
-    Bp_port: Tensor | None = None
 
 
 class PackSet:
@@ -80,17 +71,17 @@ class PackSet:
     def __init__(
         self,
         decoding: Decoding | None = None,
-        ask: Callable[[Any], Any] = methodcaller("adapter"),
+        ask: Callable[[Any], Adapter] = methodcaller("adapter"),
     ) -> None:
         self._decoding, self._ask = decoding or Decoding(), ask
-        self._members: dict[int, weakref.ref[Any]] = {}
+        self._members: dict[int, weakref.ref[nn.Module]] = {}
         # Replaced in one assignment, since threads share it.
         self._rounds: dict[tuple[torch.dtype, torch.device], _Round] = {}
         self._computed = False
         # An engine may leave layers gathered, and still reduce gradients layer by layer.
         self._sharded = False
 
-    def join(self, index: int, owner: Any) -> None:
+    def join(self, index: int, owner: nn.Module) -> None:
         """Make ``owner`` the group's layer number ``index``."""
         self._members[index] = weakref.ref(owner)
         self.drop()
@@ -133,7 +124,7 @@ class PackSet:
             return _alone(adapter, dtype)
         return entry.ported
 
-    def _layers(self, device: torch.device) -> dict[int, tuple[Sequence[Tensor], Factors]]:
+    def _layers(self, device: torch.device) -> Mapping[int, tuple[Sequence[Tensor], Factors]]:
         """Return the tensors and factors of all layers on ``device`` that still exist."""
         found = {}
         # A checkpoint around one layer must not count what the others' factors save.

@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
 from rasa_ext.base_layers.layouts import PackedStack, multiply, multiply_back
+from rasa_ext.nn.adapter import Packed
 from rasa_ext.nn.function import Function
-from rasa_ext.nn.packs import Packed
 
 
 class Routing(NamedTuple):

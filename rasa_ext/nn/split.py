@@ -23,10 +23,9 @@ from torch.autograd.function import once_differentiable
 from rasa_ext.base_layers.linear import compute_dtype
 from rasa_ext.base_layers.split import Split, local_part, split_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear
-from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.adapter import Adapter, Packed
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.functional import dropout, low_rank_linear
-from rasa_ext.nn.packs import Packed
 
 
 class SplitLinear(AdaptedLinear):

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.sharded import check_whole
-from rasa_ext.nn.adapter import AdaptedModule, Adapter
+from rasa_ext.nn.adapter import AdaptedModule, Adapter, check_whole
 from rasa_ext.nn.precision import restored
 
 if TYPE_CHECKING:

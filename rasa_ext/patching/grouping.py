@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from rasa_ext.base_layers.experts import ExpertWeight
-from rasa_ext.base_layers.linear import LinearLayer
-from rasa_ext.base_layers.survey import base_shape
+from rasa_ext.base_layers.survey import Base
 from rasa_ext.methods.base import AdapterConfig, Groups
 from rasa_ext.nn.adapter import Adapter, LayerSpec
 from rasa_ext.nn.packs import PackSet
@@ -127,7 +125,7 @@ def _compiled(item: str) -> re.Pattern[str]:
 
 
 def group_layers(
-    config: AdapterConfig, bases: Mapping[str, LinearLayer | ExpertWeight], argument: str = "groups"
+    config: AdapterConfig, bases: Mapping[str, Base], argument: str = "groups"
 ) -> tuple[Group, ...]:
     """Group the adapted layers, given by name.
 
@@ -144,7 +142,7 @@ def group_layers(
                 f"{', ...' if len(known) > 10 else ''} ('*' stands for one part of a name)."
             )
     config.check_layers(bases)
-    shapes = {name: base_shape(base) for name, base in bases.items()}
+    shapes = {name: base.shape for name, base in bases.items()}
     return groups_of(shapes, config.grouping_of_experts, groups)
 
 

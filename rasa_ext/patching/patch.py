@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from rasa_ext.base_layers.linear import is_linear, linear_shape
-from rasa_ext.base_layers.split import split_of
-from rasa_ext.base_layers.survey import base_device, base_of
+from rasa_ext.base_layers.survey import StackedBase, base_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
@@ -216,17 +215,17 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     decoding = Decoding()
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
-        specs = group.specs(*map(base_device, bases.values()))
+        specs = group.specs(*(base.device for base in bases.values()))
         tensors = config.group_tensors(specs)
         pool, packs = pool_kind(tensors) if tensors else None, PackSet(decoding)
         made += [pool] if pool else []
         for base, spec in zip(bases.values(), specs, strict=True):
-            if isinstance(base, tuple):
-                module, name = base
-                stacked.setdefault(module, {})[name] = RasaExpertWeight(config, spec, pool, packs)
+            if isinstance(base, StackedBase):
+                stack = RasaExpertWeight(config, spec, pool, packs)
+                stacked.setdefault(base.module, {})[base.key] = stack
             else:
-                kind = RasaLinear if split_of(base) is None else SplitRasaLinear
-                wrapped[base] = kind(base, config, spec, pool, packs)
+                kind = RasaLinear if base.split is None else SplitRasaLinear
+                wrapped[base.module] = kind(base.module, config, spec, pool, packs)
     experts = {module: RasaExperts(module, stacks) for module, stacks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(

@@ -7,9 +7,8 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import ExpertWeight
-from rasa_ext.base_layers.linear import LinearLayer, is_linear
-from rasa_ext.base_layers.survey import Survey, check_base, survey
+from rasa_ext.base_layers.linear import is_linear
+from rasa_ext.base_layers.survey import Base, LinearBase, Survey, survey
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.grouping import Group, ends_in, group_layers
@@ -73,7 +72,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
             f"found none{others}; leave out experts."
         )
     saved = _modules_to_save(found, config.modules_to_save)
-    bases: dict[str, LinearLayer | ExpertWeight] = {**found.linears, **stacked}
+    bases: dict[str, Base] = {**found.linears, **stacked}
     chosen, skipped = _choose(found, config, bases, saved)
     adapted = {name: bases[name] for name in chosen}
     for name, base in adapted.items():
@@ -98,6 +97,17 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
         how = "the argument experts adapts them" if name in adaptable else "not a linear layer"
         skipped[name] = f"weights of shape {shape}: {how}"
     return Plan(groups, skipped, untouched, frozenset(adaptable), saved, tokens)
+
+
+def check_base(name: str, base: Base) -> None:
+    """Raise TypeError or ValueError, naming the option, if a base layer cannot be adapted."""
+    linear = isinstance(base, LinearBase)
+    way_out = "leave it out with exclude_modules" if linear else "leave out experts"
+    try:
+        base.check(name)
+    except (TypeError, ValueError) as error:
+        option = "target_modules" if linear else "experts"
+        raise type(error)(f"{option}: {error}, or {way_out}.") from None
 
 
 def _choose(

@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import ExpertWeight
 from rasa_ext.base_layers.linear import (
     LinearLayer,
     check_weight_is_stored,
@@ -23,8 +22,7 @@ from rasa_ext.base_layers.linear import (
     stored_weight,
 )
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
-from rasa_ext.base_layers.split import split_of
-from rasa_ext.base_layers.survey import base_device, check_base, survey
+from rasa_ext.base_layers.survey import Base, LinearBase, survey
 from rasa_ext.checkpoint.adapter import own_names
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.official import official_name
@@ -43,7 +41,7 @@ from rasa_ext.patching.swap import (
     replace_modules,
     undo,
 )
-from rasa_ext.patching.targets import INSTEAD, make_plan, resolve_config, suffixes
+from rasa_ext.patching.targets import INSTEAD, check_base, make_plan, resolve_config, suffixes
 from rasa_ext.patching.tokens import check_rows_finite
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
@@ -204,9 +202,9 @@ class RasaModel(BaseTuner):
         if isinstance(target, NamedAdapters):
             layer = target
         else:  # linear, as _find_groups checked
-            base = cast(LinearLayer, target)
-            kind = RasaPeftLinear if split_of(base) is None else SplitPeftLinear
-            layer = kind(base, backend_of(base, self.model))
+            base = LinearBase(cast(LinearLayer, target))
+            kind = RasaPeftLinear if base.split is None else SplitPeftLinear
+            layer = kind(base.module, backend_of(base.module, self.model))
             replace_modules(self.model, {target: layer})  # a module may be registered twice
         owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
@@ -231,7 +229,7 @@ class RasaModel(BaseTuner):
         stacks = stacks if config.grouping_of_experts else {}
         reasons = survey(self.model, linears, stacks).refused
         inside: tuple[str, ...] = ()
-        bases: dict[str, LinearLayer | ExpertWeight] = {}
+        bases: dict[str, Base] = {}
         for name, module in self.model.named_modules():
             if not name or name.startswith(inside) or not self._is_target(peft_config, name):
                 continue
@@ -252,9 +250,9 @@ class RasaModel(BaseTuner):
         found = {}
         for group in groups:
             group.planned(config)  # the method's own checks, before anything changes
-            specs = group.specs(*(base_device(bases[name]) for name in group.names))
+            specs = group.specs(*(bases[name].device for name in group.names))
             found.update(dict.fromkeys(group.names, (group, specs)))
-        chosen = {base for base in bases.values() if not isinstance(base, tuple)}
+        chosen = {base.module for base in bases.values() if isinstance(base, LinearBase)}
         changed = let_adapters_work(self.model, chosen, hide_quantizer=False)
         self._attributes_before += tuple(changed)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))

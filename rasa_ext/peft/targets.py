@@ -8,14 +8,10 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from rasa_ext.base_layers.experts import (
-    ExpertWeight,
-    check_expert_weight,
-    expert_shape,
-    named_expert_weights,
-)
-from rasa_ext.base_layers.linear import LinearLayer, is_linear
+from rasa_ext.base_layers.linear import is_linear
+from rasa_ext.base_layers.survey import LinearBase, StackedBase, stacked_bases
 from rasa_ext.patching.swap import replace_modules
+from rasa_ext.patching.targets import check_base
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
@@ -23,14 +19,14 @@ from rasa_ext.peft.layer import RasaPeftLinear
 HOW = "rasa_experts='shared', or 'slot' or 'layer' ('own' for the method lora)"
 
 
-def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, ExpertWeight]]:
+def bases_of(model: nn.Module) -> tuple[dict[str, LinearBase], dict[str, StackedBase]]:
     """Return a model's linear layers and stacked weights by name, adapted or not.
 
     An adapted weight goes by the name of the layer or experts in its place. Modules that PEFT
     trains in full are left out.
     """
-    linears: dict[str, LinearLayer] = {}
-    stacks: dict[str, ExpertWeight] = {}
+    linears: dict[str, LinearBase] = {}
+    stacks: dict[str, StackedBase] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(inside):
@@ -40,8 +36,8 @@ def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, Expert
             inside += (f"{path}.",)
             base = getattr(module, "base_layer", module)
         if is_linear(base):
-            linears[path] = base
-        stacks |= named_expert_weights(path, base)
+            linears[path] = LinearBase(base)
+        stacks |= stacked_bases(path, base)
     return linears, stacks
 
 
@@ -50,19 +46,19 @@ def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
     return [module for module in model.modules() if isinstance(module, RasaPeftExperts)]
 
 
-def wrap_experts(model: nn.Module, chosen: Mapping[str, ExpertWeight]) -> None:
+def wrap_experts(model: nn.Module, chosen: Mapping[str, StackedBase]) -> None:
     """Prepare stacked weights for adapters, so that PEFT can match them by name like layers.
 
     Raises TypeError or ValueError, before anything changes, if one cannot be adapted.
     """
     wrapped = {experts.base_layer: experts for experts in experts_of(model)}
     for name, stack in chosen.items():
-        check_expert_weight(name, stack)
-    for base, stack_name in chosen.values():
-        if base not in wrapped:
+        check_base(name, stack)
+    for stack in chosen.values():
+        if (base := stack.module) not in wrapped:
             wrapped[base] = RasaPeftExperts(base)
             replace_modules(model, {base: wrapped[base]})
-        wrapped[base].add_stack(stack_name)
+        wrapped[base].add_stack(stack.key)
 
 
 def unwrap_experts(model: nn.Module) -> None:
@@ -82,9 +78,9 @@ def trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     return {name: each[adapter_name] for name, each in copies.items() if adapter_name in each}
 
 
-def untouched(stacks: Mapping[str, ExpertWeight]) -> str:
+def untouched(stacks: Mapping[str, StackedBase]) -> str:
     """Return a warning that stacked weights stay untouched, and how to adapt them."""
-    shown = ", ".join(f"{name} {expert_shape(*stack)}" for name, stack in list(stacks.items())[:3])
+    shown = ", ".join(f"{name} {stack.shape}" for name, stack in list(stacks.items())[:3])
     return (
         f"rasa_experts: {len(stacks)} stacked (3-D) weights stay untouched, among them {shown}. "
         f"To adapt them, pass {HOW}."
@@ -93,7 +89,7 @@ def untouched(stacks: Mapping[str, ExpertWeight]) -> str:
 
 def chosen_stacks(
     model: nn.Module, config: RasaConfig, is_target: Callable[[str], bool]
-) -> dict[str, ExpertWeight]:
+) -> dict[str, StackedBase]:
     """Return the stacked weights that an adapter changes, by name.
 
     Args:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from rasa_ext import ops
-from rasa_ext.nn.packs import Packed, pack_layers, ports
+from rasa_ext.nn.adapter import Packed
+from rasa_ext.nn.packs import pack_layers, ports
 from rasa_ext.ops import Factors
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.oracle import Adapter

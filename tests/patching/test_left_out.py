@@ -163,9 +163,7 @@ def test_experts_that_a_kernel_reads(kernelized):
 def test_routers_are_adapted_only_where_they_are_named(family, names):
     base = experts.model(family)
     model = rasa_ext.patch_model(copy.deepcopy(base), 2, 0)
-    assert left_out(model, names) == {
-        "a router or gate of experts, adapted if target_modules names it"
-    }
+    assert left_out(model, names) == {"a router or gate of experts, taken only if named"}
     rasa_ext.patch_model(base, 2, 0, target_modules=names)
     adapted = {n for n, m in base.named_modules() if isinstance(m, rasa_ext.RasaLinear)}
     assert all(any(each.endswith(f".{name}") for each in adapted) for name in names)
