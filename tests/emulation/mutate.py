@@ -3,10 +3,11 @@
     python tests/emulation/mutate.py [--jobs N] [--only SUBSTRING]
 
 mutants.py lists the breaks (mutants). The kernels are compiled for the host with AddressSanitizer
-and linked to the stand-alone check. The check runs for each mutant with the short list of cases,
-and with all cases only if the short list notices nothing. The program prints the score of each
-kind, and the surviving mutants with the known reason why each is not a fault. It fails if a barrier
-or a wait survives, if fewer than 92 % of the mutants die, or if a survivor has no reason.
+and linked to the stand-alone check. The check runs for each mutant with the short list of cases. It
+runs with all cases only if the short list notices nothing and no reason is known why the mutant is
+not a fault. The program prints the score of each kind, and the surviving mutants with the reason.
+It fails if a barrier or a wait survives, if fewer than 92 % of the mutants die, or if a survivor
+has no reason.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from mutants import CSRC, FILES, KERNELS, Mutant, mutants_of
 from mutants_that_live import reason_of
@@ -35,7 +37,7 @@ FLAGS += ["-fno-aggressive-loop-optimizations"]
 # Switch off checks that take half of the time and notice none of these breaks.
 ASAN = "detect_leaks=0:detect_stack_use_after_return=0:symbolize=0"
 PATIENCE = 4  # time limit as a multiple of the unbroken kernel's time, to stop endless loops
-LISTS = (("--small",), ())  # arguments for the short list of cases, and for all
+SMALL, ALL = ("--small",), ()  # arguments for the short list of cases, and for all
 
 
 def few_types(csrc: Path) -> None:
@@ -64,12 +66,8 @@ class Workshop:
         self.programs = [
             self.link([*objects, *each], folder / f"check{i}") for i, each in enumerate(whole)
         ]
-        self.seconds: dict[tuple, int] = {}
-        checks = [
-            (i, name, *cases) for i, each in enumerate(made) for name in each for cases in LISTS
-        ]
-        for check, took in zip(checks, pool.map(self.unbroken, checks), strict=True):
-            self.seconds[check] = 1 + int(PATIENCE * took)
+        self.limits: dict[tuple, int] = {}
+        self.locks: dict[tuple, Lock] = defaultdict(Lock)
 
     def kernels(self, layer: dict[str, str], number: int) -> dict:
         """Start compiling the kernels that a layer's files change; return the jobs by kernel."""
@@ -97,19 +95,26 @@ class Workshop:
         subprocess.run([CXX, *FLAGS, *objects, "-o", program], check=True)
         return program
 
-    def unbroken(self, check: tuple) -> float:
-        """Run a check without a mutant, which must pass, and return the processor time."""
-        program, name, *cases = check
-        noticed, seconds = self.run(self.programs[program], [name, *cases], 600)
-        if noticed:
-            raise SystemExit(f"the check of {name} fails without any break: {noticed}")
-        return seconds
+    def limit(self, program: int, name: str, *cases: str) -> int:
+        """Return a check's limit of processor time, in seconds.
+
+        The first call runs the check without a mutant, which must pass.
+        """
+        check = (program, name, *cases)
+        with self.locks[check]:
+            if check not in self.limits:
+                noticed, took = self.run(self.programs[program], [name, *cases], 600)
+                if noticed:
+                    raise SystemExit(f"the check of {name} fails without any break: {noticed}")
+                self.limits[check] = 1 + int(PATIENCE * took)
+        return self.limits[check]
 
     def is_noticed(self, mutant: Mutant) -> str:
         """Return how the check notices the mutant, or "" if it does not."""
-        for cases in LISTS:
+        known = reason_of(mutant.file, mutant.before, mutant.after)
+        for cases in (SMALL,) if known else (SMALL, ALL):
             for name in FILES[mutant.file]:  # one kernel at a time: most mutants die at the first
-                limit = self.seconds[(mutant.layer, name, *cases)]
+                limit = self.limit(mutant.layer, name, *cases)
                 program = self.programs[mutant.layer]
                 noticed, _ = self.run(program, [name, *cases], limit, mutant.number)
                 if noticed:
