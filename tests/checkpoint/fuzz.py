@@ -35,7 +35,6 @@ from torch import nn
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.checkpoint.files import digest
-from rasa_ext.writing import WriteError
 from tests.helpers import experts, methods, oracle
 from tests.helpers.adapters import adapters, patched, trainable_copies
 from tests.helpers.models import LLAMA
@@ -275,26 +274,6 @@ def _link(draw: random.Random, folder: Path) -> None:
     path.symlink_to(target)
 
 
-def _plant(draw: random.Random, folder: Path) -> None:
-    """Create links to files outside the folder, under names that saving uses or once used."""
-    outside = folder.parent / "outside"
-    for name in (CONFIG, WEIGHTS, "README.md"):
-        for kind in ("new", "old"):
-            (folder / f".{name}.{kind}").symlink_to(outside / "mine")
-    part = folder / f".saving.{draw.choice('ab')}.part"
-    what = draw.randrange(4)
-    if what == 0:
-        part.symlink_to(outside)
-    else:
-        part.mkdir()
-        (part / "old").symlink_to(outside)
-        (part / "new").mkdir()
-        if what == 1:
-            (part / "new" / CONFIG).touch()
-    if draw.random() < 0.5 and (folder / CONFIG).exists():
-        (folder / CONFIG).unlink()
-
-
 def _tensors(draw: random.Random, folder: Path) -> None:
     """Change names, shapes, dtypes or values; the digest then fits, does not fit, or is missing."""
     paths = [path for path in _files(folder) if path.suffix in (".safetensors", ".bin")]
@@ -311,10 +290,10 @@ def _tensors(draw: random.Random, folder: Path) -> None:
                 break
         elif what == 1:
             tensors[draw.choice(("x", "../x", key[:-1], f"{key}.rasa_A", "", "a" * 5000))] = tensor
-        elif what == 2:
-            tensors[key] = tensor.reshape(-1)
-        elif what == 3:
-            tensors[key] = tensor.t().contiguous() if tensor.dim() == 2 else tensor[None]
+        elif what in (2, 3, 8, 10):
+            flat, empty = tensor.reshape(-1), torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype)
+            turned = tensor.t().contiguous() if tensor.dim() == 2 else tensor[None]
+            tensors[key] = draw.choice((flat, turned, empty, torch.tensor(1.0)))
         elif what == 4:
             kinds = (torch.int64, torch.float64, torch.bool, torch.complex64, torch.float8_e4m3fn)
             tensors[key] = tensor.to(draw.choice(kinds))
@@ -326,12 +305,8 @@ def _tensors(draw: random.Random, folder: Path) -> None:
             tensors[key] = flat.reshape(tensor.shape)
         elif what == 7 and tensor.is_floating_point():
             tensors[key] = tensor * draw.choice((torch.nan, torch.inf, 0, 2))
-        elif what == 8:
-            tensors[key] = torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype)
         elif what == 9:
             tensors.update((f"extra.{i}", torch.zeros(1)) for i in range(draw.choice((1, 2000))))
-        elif what == 10:
-            tensors[key] = torch.tensor(1.0)
         else:
             other = draw.choice(list(tensors))
             tensors[key], tensors[other] = tensors[other], tensors[key]
@@ -363,7 +338,7 @@ def _header(draw: random.Random, folder: Path) -> None:
     path.write_bytes(length.to_bytes(8, "little") + text + data[8 + size :])
 
 
-DAMAGES = (_flip, _flip, _cut, _field, _field, _field, _json, _other, _move, _link, _plant)
+DAMAGES = (_flip, _flip, _cut, _field, _field, _field, _json, _other, _move, _link)
 DAMAGES += (_tensors, _tensors, _tensors, _header)
 
 
@@ -439,23 +414,10 @@ def _case(root: Path, seed: int, number: int, numbers: dict[str, Any]) -> tuple[
     before = _tree(outside)
     os.chdir(folder)
     outcome, words = _outcome(kind, folder, base, expected)
-    if "plant" in damage and kind in _METHODS and not _saves_over(folder):
-        outcome, words = HALF, "a save into the folder"
     os.chdir(root)
     if _tree(outside) != before:
         outcome = OUTSIDE
     return kind, damage, outcome, words
-
-
-def _saves_over(folder: Path) -> bool:
-    """Check that an adapter saved into the folder loads again, or that the write is refused."""
-    model = methods.case("rasa")
-    try:
-        rasa_ext.save_adapter(model, folder)
-        found = rasa_ext.load_adapter(methods.base(), folder)(methods.inputs())
-    except (OSError, ValueError) as error:
-        return isinstance(error, WriteError)  # a folder may have a file's name
-    return torch.equal(found, model(methods.inputs()))
 
 
 def _limits() -> None:

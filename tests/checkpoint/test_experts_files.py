@@ -1,4 +1,4 @@
-"""Exports of adapted experts: each layout against dense weight changes and readers' rules."""
+"""Exports of adapted experts: each layout against dense weight changes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rasa_ext
 from rasa_ext.checkpoint.expert_names import _FAMILIES, _STACKED, parts_of, path_in_checkpoint
+from tests.helpers.adapter_folders import changes_in, read
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import FAMILIES, RANK, adapted, build, changes, logits
 from tests.helpers.experts import BESIDE, EXPERTS, INNER
 from tests.helpers.oracle import delta
 from tests.helpers.peft import load_in_peft
-from tests.helpers.refusals import Snapshot
-from tests.helpers.serving_rules import READERS, Refused, llama_cpp, read, sglang, vllm
+from tests.helpers.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing", "ignore:.*_pattern keys did not match"
@@ -38,8 +37,6 @@ MATRICES = {
     "nemotron_h": ("mixer", {"up_proj": slice(None)}, "down_proj"),
 }
 """By hand: where experts are in checkpoints, and which rows of a stacked weight are whose."""
-NAMED = ("mixtral", "qwen3_moe", "nemotron_h")
-"""Those whose checkpoints name every expert."""
 POOL_ONLY = {"experts": "shared", "k": RANK}
 
 
@@ -108,10 +105,9 @@ def test_peft_computes_the_adapter_of_linear_mlps_beside_the_experts(family, gro
     plain = build(family, beside=True)
     model = adapted(plain, grouping)
     _, tensors = export(tmp_path, model, expert_layout=grouping and "peft")
-    linears = {name for name in adapters(model) if name not in changes(model)}
+    linears = linear_changes(model).keys()
     assert any(name.endswith(("down_proj", "w2")) for name in linears)
-    keys = {f"base_model.model.{name}.lora_{each}.weight" for name in linears for each in "AB"}
-    assert keys <= tensors.keys()
+    assert {f"base_model.model.{name}.lora_A.weight" for name in linears} <= tensors.keys()
     loaded = load_in_peft(plain, tmp_path)
     expected = logits(model)
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
@@ -158,33 +154,16 @@ def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
 
 
 @pytest.mark.parametrize("grouping", ["slot", "layer", "shared"])
-@pytest.mark.parametrize("family", NAMED)
-def test_servers_compute_single_experts(family, grouping, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:.*stack its experts")
+def test_single_experts(family, grouping, tmp_path):
+    """Gate and up have one A, which SGLang expects."""
     model = adapted(base(family), grouping)
-    config, tensors = export(tmp_path, model, expert_layout="per-expert")
-    expected = {**linear_changes(model), **single(family, model)}
-    for reader in READERS.values():
-        assert_close(reader(config, tensors, base(family), 16), expected)
-
-
-def test_single_experts_whose_gate_and_up_take_turns(tmp_path):
-    """SGLang reads gpt-oss' single experts; vLLM and llama.cpp do not, so a warning says so."""
-    model = adapted(base("gpt_oss"))
-    said = "stack its experts.*layout='peft'.*llama.cpp reads no LoRA"
-    with pytest.warns(UserWarning, match=said):
-        config, tensors = export(tmp_path, model, expert_layout="per-expert")
-    expected = {**linear_changes(model), **single("gpt_oss", model)}
-    assert_close(sglang(config, tensors, base("gpt_oss"), 16), expected)
-    for reader in (vllm, llama_cpp):
-        with pytest.raises(Refused):
-            reader(config, tensors, base("gpt_oss"), 16)
-
-
-def test_gate_and_up_have_one_A(tmp_path):
-    model = adapted(base("mixtral"))
     _, tensors = export(tmp_path, model, expert_layout="per-expert")
-    for key in [key for key in tensors if ".w1.lora_A" in key]:
-        assert torch.equal(tensors[key], tensors[key.replace(".w1.", ".w3.")])
+    assert_close(changes_in(tmp_path), {**linear_changes(model), **single(family, model)})
+    gate, up = {"mixtral": ("w1", "w3")}.get(family, ("gate_proj", "up_proj"))
+    for key in [key for key in tensors if f".{gate}.lora_A" in key]:
+        assert torch.equal(tensors[key], tensors[key.replace(f".{gate}.", f".{up}.")])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -201,17 +180,18 @@ def test_single_experts_are_what_peft_converts(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
+def test_experts_that_share_their_outer_sides(family, tmp_path):
     model = adapted(base(family), **POOL_ONLY)
-    config, tensors = export(tmp_path, model, expert_layout="shared-outer")
-    found = sglang(config, tensors, base(family), 16)
+    _, tensors = export(tmp_path, model, expert_layout="shared-outer")
     folder, rows, _ = MATRICES[family]
     expected = linear_changes(model)
     for name, change in changes(model).items():
-        if family == "gpt_oss" and name.endswith("gate_up_proj"):  # names order gate before up
-            change = torch.cat([change[:, at] for at in rows.values()], 1)
-        expected[name.replace(".mlp.", f".{folder}.")] = change
-    assert_close(found, expected)
+        path, _, part = name.replace(".mlp.", f".{folder}.").rpartition(".")
+        if family == "gpt_oss" and part == "gate_up_proj":  # whose rows take turns
+            expected.update({f"{path}.{each}": change[:, at] for each, at in rows.items()})
+        else:
+            expected[f"{path}.{part}"] = change
+    assert_close(changes_in(tmp_path), expected)
     outer = {key: t.shape[0] for key, t in tensors.items() if t.dim() == 3}
     for key, count in outer.items():
         shared = key.endswith("A.weight") != ("down_proj" in key)
@@ -221,47 +201,22 @@ def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
     assert rasa_ext.export_size(model, expert_layout="shared-outer") < whole
 
 
-def test_vllm_reads_the_stacked_layout_where_it_stacks(tmp_path):
-    model = adapted(base("gpt_oss"))
-    config, tensors = export(tmp_path, model, expert_layout="peft")
-    found = vllm(config, tensors, base("gpt_oss"), 16)
-    assert_close(found, {**linear_changes(model), **changes(model)})
+ONE_WEIGHT = {"target_modules": r".*\.experts\.down_proj"}
+BESIDE_ONE = "down_proj is adapted without the other weight .*vLLM and llama.cpp"
+WARNED = [
+    ("qwen3_moe", {}, None, "PEFT's layout.*vLLM.*misreads.*layout='per-expert'"),
+    ("gpt_oss", {}, "per-expert", "stack its experts.*layout='peft'.*llama.cpp"),
+    ("mixtral", ONE_WEIGHT, "peft", BESIDE_ONE),
+    ("mixtral", ONE_WEIGHT, "per-expert", BESIDE_ONE),
+]
 
 
-def test_other_readers_of_the_stacked_layout(tmp_path):
-    """Exporting it warns, because vLLM misreads it for other models."""
-    model = adapted(base("qwen3_moe"))
-    with pytest.warns(UserWarning, match="PEFT's layout.*vLLM.*misreads.*layout='per-expert'"):
-        config, tensors = export(tmp_path, model)
-    assert config["target_parameters"] == ["gate_up_proj", "down_proj"]
-    found = vllm(config, tensors, base("qwen3_moe"), 16)
-    for name, change in changes(model).items():
-        assert found[name].shape == change.shape
-        assert not torch.allclose(found[name].double(), change, rtol=0.1, atol=0.1)
-    for reader in (sglang, llama_cpp):
-        with pytest.raises(Refused):
-            reader(config, tensors, base("qwen3_moe"), 16)
-
-
-@pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
-def test_a_layout_that_is_asked_for_is_not_warned_of(layout, tmp_path, recwarn):
-    model = adapted(base("mixtral"), **POOL_ONLY)
-    recwarn.clear()
-    rasa_ext.export_lora(model, tmp_path, expert_layout=layout)
-    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
-
-
-@pytest.mark.parametrize("layout", ["peft", "per-expert"])
-def test_one_weight_without_the_other_is_warned_of(layout, tmp_path):
-    """vLLM asserts that both exist, and llama.cpp cannot stack the experts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = adapted(base("mixtral"), target_modules=r".*\.experts\.down_proj")
-    with pytest.warns(UserWarning, match="down_proj is adapted without the other weight of its"):
-        config, tensors = export(tmp_path, model, expert_layout=layout)
-    for reader in (vllm, llama_cpp):
-        with pytest.raises(Refused):
-            reader(config, tensors, base("mixtral"), 16)
+@pytest.mark.parametrize(("family", "options", "layout", "said"), WARNED)
+@pytest.mark.filterwarnings("ignore:.*stay untouched", "ignore:groups")
+def test_what_servers_misread_or_refuse_is_warned_of(family, options, layout, said, tmp_path):
+    model = adapted(base(family), **options)
+    with pytest.warns(UserWarning, match=said):
+        rasa_ext.export_lora(model, tmp_path, expert_layout=layout)
 
 
 class OnMeta(TorchDispatchMode):
@@ -293,64 +248,52 @@ def test_a_lower_rank_is_refused(tmp_path):
     model = adapted(base("mixtral"), experts="layer")
     effective = export(tmp_path / "whole", model, expert_layout="peft")[0]["r"]
     assert rasa_ext.export_error(model, effective).error == 0
-    with pytest.raises(ValueError, match=r"rank: expected at least .* only adapters of linear"):
-        rasa_ext.export_error(model, effective - 1)
-    with pytest.raises(ValueError, match=r"rank: expected at least .* only adapters of linear"):
-        rasa_ext.export_lora(model, tmp_path, rank=effective - 1, expert_layout="peft")
-
-
-def test_a_model_without_experts_has_a_size_too(tmp_path):
-    model = rasa_ext.patch_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), 2, 0)
-    _, tensors = export(tmp_path, model)
-    assert rasa_ext.export_size(model) == sum(tensor.nbytes for tensor in tensors.values())
+    for call in (
+        lambda: rasa_ext.export_error(model, effective - 1),
+        lambda: rasa_ext.export_lora(model, tmp_path, rank=effective - 1, expert_layout="peft"),
+    ):
+        with pytest.raises(ValueError, match=r"^rank: expected at least"):
+            call()
 
 
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
-def test_half_precision_bases_export_in_float32(layout, tmp_path):
+def test_half_precision_bases_export_in_float32(layout, tmp_path, recwarn):
+    """A layout that is asked for is not warned of."""
     model = adapted(copy.deepcopy(base("mixtral")).bfloat16(), **POOL_ONLY)
+    recwarn.clear()
     _, tensors = export(tmp_path, model, expert_layout=layout)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
 
 def test_ranks_of_single_weights(tmp_path):
     """All weights are exported at one rank; lower ranks are padded with zeros."""
-    config = rasa_ext.RasaConfig(
-        rank=RANK, k=1, experts="slot", rank_pattern={r"layers\.1\.mlp\.experts\.down_proj": 5}
-    )
-    plain = base("mixtral")
-    model = rasa_ext.patch_model(copy.deepcopy(plain), config=config)
+    ranks = {r"layers\.1\.mlp\.experts\.down_proj": 5}
+    config = rasa_ext.RasaConfig(rank=RANK, k=1, experts="slot", rank_pattern=ranks)
+    model = rasa_ext.patch_model(copy.deepcopy(base("mixtral")), config=config)
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):
             parameter.normal_()
-    config, tensors = export(tmp_path, model, expert_layout="per-expert")
+    config, _ = export(tmp_path, model, expert_layout="per-expert")
     assert config["r"] == 5 - 1 + 2
-    found = vllm(config, tensors, plain, 16)
-    assert_close(found, {**linear_changes(model), **single("mixtral", model)})
+    assert_close(changes_in(tmp_path), {**linear_changes(model), **single("mixtral", model)})
 
 
-BAD = {
-    "unknown": (3, {}, "layout: expected 'peft' or 'per-expert' or 'shared-outer', got 3"),
-    "own ranks": (
-        "shared-outer",
-        {"experts": "shared", "k": 1},
-        r"experts='shared' with k = rank makes them, but 'model\.layers\.0\.mlp\.experts\.gate_up",
-    ),
-    "own pools": ("shared-outer", {"experts": "slot", "k": RANK}, "layout: expected experts that"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_layouts(case, tmp_path):
-    layout, options, message = BAD[case]
+@pytest.mark.parametrize(
+    ("layout", "options", "said"),
+    [
+        (3, {}, "expert_layout: expected 'peft' or 'per-expert' or 'shared-outer', got 3"),
+        ("shared-outer", {"experts": "shared", "k": 1}, "expert_layout: .*k = rank"),
+        ("shared-outer", {"experts": "slot", "k": RANK}, "expert_layout: expected experts that"),
+    ],
+)
+def test_bad_layouts(layout, options, said, tmp_path):
     model = adapted(base("mixtral"), **options)
-    before = Snapshot(model)
     for call in (
         lambda: rasa_ext.export_lora(model, tmp_path, expert_layout=layout),
         lambda: rasa_ext.export_size(model, expert_layout=layout),
     ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            call()
-    before.assert_unchanged()
+        refused(call, model, said)
     assert not content(tmp_path)
 
 

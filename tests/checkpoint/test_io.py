@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
+import functools
 import os
 import re
 
@@ -18,7 +17,7 @@ import rasa_ext
 import rasa_ext.peft  # PEFT then reads adapters
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest, read_tensors
-from tests.helpers.adapter_folders import edit
+from tests.helpers.adapter_folders import edit, not_loaded
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,
@@ -50,7 +49,7 @@ def test_round_trip(entry, k, tmp_path):
     """The file holds a header and each number once, in 4 bytes, under the documented names."""
     base = entry.build()
     model = patched(base, RANK, k, dropout=0.1, alpha=3.0)
-    assert rasa_ext.save_adapter(model, tmp_path) is None
+    rasa_ext.save_adapter(model, tmp_path)
     assert sorted(content(tmp_path)) == ["README.md", CONFIG, WEIGHTS]
     expected, pools = {}, set()
     for name, adapter in adapters(model).items():
@@ -65,65 +64,26 @@ def test_round_trip(entry, k, tmp_path):
     file = (tmp_path / WEIGHTS).read_bytes()
     numbers = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
     assert len(file) == 4 * numbers + 8 + int.from_bytes(file[:8], "little")
-    fresh = copy.deepcopy(base)
-    assert rasa_ext.load_adapter(fresh, tmp_path) is fresh
-    assert same_adapters(model, fresh)
-    assert {p.requires_grad for p in rasa_ext.adapter_parameters(fresh)} == {True}
-    assert {layer.config.dropout for layer in adapted_layers(fresh).values()} == {0.1}
-    inputs = entry.inputs(0)
-    assert torch.equal(entry.loss(model.eval(), inputs)[0], entry.loss(fresh.eval(), inputs)[0])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["q_proj", "mlp.up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]},
-        {"target_modules": r"model\.layers\.[02]\..*", "exclude_modules": r".*mlp.*"},
-        {"modules_to_save": ["lm_head"]},
-        {"modules_to_save": ["embed_tokens", "layers.0.input_layernorm"]},
-        {"adapter_dtype": torch.float64},
-        {"adapter_dtype": torch.bfloat16},
-    ],
-    ids=str,
-)
-def test_round_trip_of_options(options, tmp_path):
-    base = LLAMA.build()
-    model = patched(base, RANK, 1, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(parameter.requires_grad * 0.25)
-    rasa_ext.save_adapter(model, tmp_path)
-    assert same_adapters(model, rasa_ext.load_adapter(copy.deepcopy(base), tmp_path))
+    assert rasa_ext.load_adapter(base, tmp_path) is base
+    assert same_adapters(model, base)
+    assert {p.requires_grad for p in rasa_ext.adapter_parameters(base)} == {True}
+    assert {layer.config.dropout for layer in adapted_layers(base).values()} == {0.1}
+    assert torch.equal(logits(entry, model), logits(entry, base))
 
 
 def test_loading_into_a_patched_model(tmp_path):
     """An equal config is overwritten; for another config, the error names the differences."""
-    base, inputs = LLAMA.build(), LLAMA.inputs(0)
-    model = patched(base, seed=1).eval()
+    base = LLAMA.build()
+    model, same = patched(base, seed=1), patched(base, seed=2)
     rasa_ext.save_adapter(model, tmp_path)
-    same = patched(base, seed=2).eval()
     identities = [id(p) for p in same.parameters()]
     with torch.no_grad():
-        LLAMA.loss(same, inputs)  # caches packs of the old adapter
-        rasa_ext.load_adapter(same, tmp_path)
-        assert torch.equal(LLAMA.loss(same, inputs)[0], LLAMA.loss(model, inputs)[0])
+        logits(LLAMA, same)  # caches packs of the old adapter
+    rasa_ext.load_adapter(same, tmp_path)
+    assert torch.equal(logits(LLAMA, same), logits(LLAMA, model))
     assert same_adapters(model, same)
     assert [id(p) for p in same.parameters()] == identities
-    other = patched(base, RANK, 2)
-    refused(lambda: rasa_ext.load_adapter(other, tmp_path), other, r"k: 2, 1.*unpatch")
-
-
-def test_modules_to_save_are_written_under_their_names(tmp_path):
-    model = patched(BERT.build(), RANK, 1, modules_to_save=["classifier", "pooler"])
-    rasa_ext.save_adapter(model, tmp_path)
-    extra = {k: v for k, v in load_file(tmp_path / WEIGHTS).items() if ".rasa_" not in k}
-    expected = {
-        f"base_model.model.{name}.{kind}": getattr(model.get_submodule(name), kind)
-        for name in ("classifier", "bert.pooler.dense")
-        for kind in ("weight", "bias")
-    }
-    assert extra.keys() == expected.keys()
-    assert all(torch.equal(extra[key], value) for key, value in expected.items())
+    not_loaded(rasa_ext.load_adapter, patched(base, RANK, 2), tmp_path, r"k: 2, 1.*unpatch")
 
 
 @pytest.mark.parametrize("named", [["embed"], ["readout"], ["embed", "readout"]], ids=str)
@@ -150,10 +110,7 @@ def test_a_file_that_holds_a_tied_weight_under_one_name(left_out, tmp_path):
     with torch.no_grad():
         model.embed.weight.mul_(2)
     rasa_ext.save_adapter(model, tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    del tensors[f"base_model.model.{left_out}.weight"]
-    save_file(tensors, path)
+    _edit(lambda t: t.pop(f"base_model.model.{left_out}.weight"))(tmp_path)
     loaded = rasa_ext.load_adapter(TIED.build(), tmp_path)
     assert torch.equal(loaded.embed.weight, model.embed.weight)
     assert loaded.readout.weight is loaded.embed.weight
@@ -163,12 +120,8 @@ def test_weights_that_differ_do_not_fit_a_tied_model(tmp_path):
     untied = TIED.build()
     untied.readout.weight = nn.Parameter(untied.embed.weight + 1)
     rasa_ext.save_adapter(patched(untied, modules_to_save=["embed", "readout"]), tmp_path)
-    model = TIED.build()
-    refused(
-        lambda: rasa_ext.load_adapter(model, tmp_path),
-        model,
-        f"{tmp_path.name}: .*equal .*embed.weight.*readout.weight.*ties",
-    )
+    said = f"{tmp_path.name}: .*embed.weight.*readout.weight"
+    not_loaded(rasa_ext.load_adapter, TIED.build(), tmp_path, said)
 
 
 def unfrozen(entry, kinds, seed=0):
@@ -178,9 +131,8 @@ def unfrozen(entry, kinds, seed=0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if re.search(kinds, name):
-                parameter.requires_grad_(True).add_(
-                    torch.rand(parameter.shape, generator=generator)
-                )
+                noise = torch.rand(parameter.shape, generator=generator)
+                parameter.requires_grad_(True).add_(noise)
     return model
 
 
@@ -219,33 +171,6 @@ def test_unfrozen_weights_of_merged_layers_are_refused(tmp_path):
     assert content(tmp_path / "free") == content(tmp_path / "again")
 
 
-def test_what_no_base_has_is_refused(tmp_path):
-    """A module that was added after patching, and trained."""
-    model = patched(LLAMA.build())
-    model.added = nn.Linear(2, 2)
-    rasa_ext.save_adapter(model, tmp_path)
-    base = LLAMA.build()
-    refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, r"unexpected: .*added\.bias")
-
-
-def test_config_file(tmp_path):
-    options = {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}
-    saved = ["lm_head"]
-    model = patched(LLAMA.build(), 6, 2, alpha=5.0, dropout=0.1, modules_to_save=saved, **options)
-    rasa_ext.save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    expected = {
-        "peft_type": "RASA",
-        "r": 6,
-        "rasa_k": 2,
-        "rasa_alpha": 5.0,
-        "rasa_dropout": 0.1,
-        "modules_to_save": saved,
-        **options,
-    }
-    assert {key: config[key] for key in expected} == expected
-
-
 @pytest.mark.parametrize("entry", [LLAMA, TWO_NAMES], ids=ids)
 def test_saving_while_merged(entry, tmp_path):
     model = patched(entry.build())
@@ -253,9 +178,8 @@ def test_saving_while_merged(entry, tmp_path):
     rasa_ext.merge(model)
     rasa_ext.save_adapter(model, tmp_path / "merged")
     assert content(tmp_path / "free") == content(tmp_path / "merged")
-    refused(
-        lambda: rasa_ext.load_adapter(model, tmp_path / "free"), model, "unmerge", kind=RuntimeError
-    )
+    load = functools.partial(rasa_ext.load_adapter, model, tmp_path / "free")
+    refused(load, model, "unmerge", kind=RuntimeError)
 
 
 def _edit(change):
@@ -273,6 +197,7 @@ def _config(**values):
 
 KEY = "base_model.model.model.layers.1.self_attn.k_proj.rasa_"
 FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
+CUT = "{}: damaged or cut.* use a complete copy of it, or an earlier checkpoint"
 
 
 @pytest.mark.parametrize("prepatched", [False, True])
@@ -283,23 +208,19 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
         (_edit(lambda t: t.pop(f"{FIRST}B")), rf"missing: {FIRST}B"),
         (_edit(lambda t: t.pop("base_model.model.lm_head.weight")), "missing.*lm_head"),
         (_edit(lambda t: t.update(stray=torch.zeros(1))), "unexpected: stray"),
-        (
-            _edit(lambda t: t.update({KEY.replace("1", "7") + "A": t[f"{KEY}A"].clone()})),
-            r"unexpected: .*layers\.7",
-        ),
-        (
-            _edit(lambda t: t.update({f"{KEY}d": torch.zeros(9)})),
-            rf"{KEY}d \(expected \(6,\), got \(9,\)\)",
-        ),
+        (_edit(lambda t: t.update({f"{KEY}d": torch.zeros(9)})), rf"{KEY}d .*\(6,\).*\(9,\)"),
         (
             _edit(lambda t: t.update({f"{KEY}B": t[f"{KEY}B"].T.contiguous()})),
             rf"{KEY}B \(expected \(12, 3\), got \(3, 12\)\)",
         ),
-        (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), "safetensors"),
-        (lambda d: os.truncate(d / WEIGHTS, 700), "safetensors"),
-        (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), "safetensors"),
-        (lambda d: (d / CONFIG).write_text("{"), rf"{CONFIG}.*JSON"),
+        (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), CUT.format(WEIGHTS)),
+        (lambda d: (d / WEIGHTS).write_bytes(b""), CUT.format(WEIGHTS)),
+        (lambda d: os.truncate(d / WEIGHTS, 700), CUT.format(WEIGHTS)),
+        (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), CUT.format(WEIGHTS)),
+        (lambda d: (d / CONFIG).write_text("{"), CUT.format(CONFIG)),
+        (lambda d: (d / CONFIG).write_text("[" * 100_000), CUT.format(CONFIG)),
         (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
+        (lambda d: (d / CONFIG).write_text('{"model_type": "llama"}'), "peft_type.*got none"),
         (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
         (_config(r=0), "rank.*0"),
         (_config(r=None), r"\br\b"),
@@ -345,30 +266,27 @@ def test_a_rotten_file_is_refused_by_name(reader, tmp_path):
     read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.update(c=t.pop("a")),
-        lambda t: t.update(a=t["b"], b=t["a"]),
-        lambda t: t.update(a=t["a"].view(torch.int32)),
-        lambda t: t.update(a=t["a"].view(3, 2)),
-        lambda t: t.update(a=t["a"].clone().index_fill_(0, torch.tensor(1), 7.0)),
-        lambda t: t.pop("empty"),
-    ],
-    ids=["name", "swapped", "dtype", "shape", "bytes", "missing"],
-)
+DIGESTED = {
+    "name": lambda t: t.update(c=t.pop("a")),
+    "swapped": lambda t: t.update(a=t["b"], b=t["a"]),
+    "dtype": lambda t: t.update(a=t["a"].view(torch.int32)),
+    "shape": lambda t: t.update(a=t["a"].view(3, 2)),
+    "bytes": lambda t: t.update(a=t["a"].clone().index_fill_(0, torch.tensor(1), 7.0)),
+    "missing": lambda t: t.pop("empty"),
+}
+
+
+@pytest.mark.parametrize("change", DIGESTED.values(), ids=DIGESTED)
 def test_the_digest_is_of_names_dtypes_shapes_and_bytes(change):
     tensors = {
         "a": torch.arange(6.0).view(2, 3),
         "b": torch.arange(1.0, 7.0).view(2, 3),
-        "scalar": torch.tensor(True),
         "empty": torch.empty(0, 4),
         "half": torch.ones(3, dtype=torch.bfloat16),
     }
     before = digest(tensors)
-    assert digest(dict(reversed(tensors.items()))) == before
     strided = {**tensors, "a": tensors["a"].T.contiguous().T}
-    assert digest(strided) == before
+    assert digest(dict(reversed(strided.items()))) == before
     change(tensors)
     assert digest(tensors) != before
 
@@ -387,5 +305,5 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path):
 def test_a_file_without_a_digest_loads(tmp_path):
     model = patched(SEQUENTIAL.build())
     rasa_ext.save_adapter(model, tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"format": "pt"})
+    _edit(lambda tensors: None)(tmp_path)
     assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), model)

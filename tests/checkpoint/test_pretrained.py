@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import rasa_ext
 from rasa_ext.checkpoint import pretrained
@@ -39,9 +39,19 @@ def test_it_writes_the_adapter(entry, tmp_path):
     assert torch.equal(logits(entry, again), logits(entry, model))
 
 
-@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
-def test_merged_it_writes_the_merged_model(entry, tmp_path):
-    model = patched(entry.build())
+def with_experts(entry):
+    config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
+    return patched(entry.build(), config=config)
+
+
+MERGED = [(entry, lambda entry: patched(entry.build())) for entry in FAMILIES]
+MERGED += [(experts.entry(family), with_experts) for family in experts.UNLIKE]
+MERGED += [(entry, with_moved_rows) for entry in (LLAMA, GPT2)]  # GPT2's head is tied
+
+
+@pytest.mark.parametrize(("entry", "adapt"), MERGED)
+def test_merged_it_writes_the_merged_model(entry, adapt, tmp_path):
+    model = adapt(entry)
     rasa_ext.merge(model)
     expected = logits(entry, model)
     model.save_pretrained(tmp_path)
@@ -50,36 +60,14 @@ def test_merged_it_writes_the_merged_model(entry, tmp_path):
     assert torch.equal(logits(entry, again), expected)
 
 
-@pytest.mark.parametrize("family", experts.UNLIKE)
-def test_merged_experts(family, tmp_path):
-    entry = experts.entry(family)
-    config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
-    model = patched(entry.build(), config=config)
-    rasa_ext.merge(model)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(entry, again), logits(entry, model))
-
-
-@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)  # GPT2's head is tied
-def test_merged_rows_of_tokens(entry, tmp_path):
-    model = with_moved_rows(entry)
-    expected = logits(entry, model)
-    rasa_ext.merge(model)
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(entry, again), expected)
-
-
 def test_what_cannot_be_written_is_refused_with_the_call_to_use(tmp_path):
     model = patched(LLAMA.build())
     with pytest.raises(ValueError, match=r"push_to_hub: .* call rasa_ext\.save_adapter"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     model.save_pretrained(tmp_path, is_main_process=False)
     rasa_ext.merge(model)
-    with torch.no_grad():
-        quantized = model.model.layers[0].self_attn.q_proj
-        quantized.merged_base = nn.Linear(2, 2)  # like a merge into a quantized layer
+    quantized = model.model.layers[0].self_attn.q_proj
+    quantized.merged_base = nn.Linear(2, 2)  # like a merge into a quantized layer
     with pytest.raises(ValueError, match=r"model: .*\n?.* rasa_ext\.merge_and_unload\(model\)"):
         model.save_pretrained(tmp_path)
     assert not os.listdir(tmp_path)
@@ -121,19 +109,17 @@ def test_a_state_of_all_that_is_trained_is_whole():
     other = rasa_ext.patch_model(copy.deepcopy(base), modules_to_save=["norm"], rank=4)
     assert not any(other.load_state_dict(trained))
     assert torch.equal(logits(LLAMA, other), logits(LLAMA, model))
-    for state in (
-        dict(list(trained.items())[1:]),
-        {**trained, "lm_head.weight": base.lm_head.weight},
-    ):
+    more = {**trained, "lm_head.weight": base.lm_head.weight}
+    for state in (dict(list(trained.items())[1:]), more):
         with pytest.raises(RuntimeError, match="Missing key"):
             other.load_state_dict(state)
 
 
 def trained(entry, folder, resume=None, **options):
     """Train a patched model for six steps, maybe resumed; return the trainer and all losses."""
-    saved = options.pop("saved", ())
-    patch = options.pop("patch", lambda m: rasa_ext.patch_model(m, 4, 1, modules_to_save=saved))
-    model = patch(entry.build())
+    model = entry.build()
+    saved, part = options.pop("saved", ()), options.pop("part", lambda model: model)
+    rasa_ext.patch_model(part(model), 4, 1, modules_to_save=saved)
     by_hand = options.pop("by_hand", "nothing")
     for name, parameter in model.named_parameters():
         if by_hand in name:
@@ -153,8 +139,11 @@ def trained(entry, folder, resume=None, **options):
     return trainer, [each["loss"] for each in trainer.state.log_history if "loss" in each]
 
 
-@pytest.mark.parametrize("by_hand", ["nothing", "weight", "bias", "ln_"])
-@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
+@pytest.mark.parametrize(
+    ("entry", "by_hand"),
+    [(LLAMA, "nothing"), (LLAMA, "weight"), (GPT2, "weight"), (GPT2, "bias"), (GPT2, "ln_")],
+    ids=lambda each: getattr(each, "name", each),
+)
 def test_trainer_saves_and_resumes(entry, by_hand, tmp_path, caplog):
     options = {"saved": ["lm_head"], "by_hand": by_hand}
     whole, losses = trained(entry, tmp_path / "whole", **options)
@@ -195,16 +184,10 @@ def test_the_files_of_a_checkpoint_come_together(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("by_hand", ["nothing", "norm"])
 def test_trainer_goes_back_to_the_best_checkpoint(by_hand, tmp_path):
-    trainer, _ = trained(
-        LLAMA,
-        tmp_path,
-        by_hand=by_hand,
-        greater_is_better=True,  # the loss falls, so the last checkpoint counts as the worst
-        load_best_model_at_end=True,
-        eval_strategy="steps",
-        eval_steps=2,
-        metric_for_best_model="loss",
-    )
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    # The loss falls, so the last checkpoint counts as the worst.
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    trainer, _ = trained(LLAMA, tmp_path, by_hand=by_hand, **options)
     best = trainer.state.best_model_checkpoint
     assert best != str(tmp_path / "checkpoint-6")
     read = rasa_ext.load_adapter(LLAMA.build(), best)
@@ -253,13 +236,10 @@ def test_a_part_that_is_patched(merged, tmp_path):
 
 
 def test_trainer_resumes_with_a_part_that_is_patched(tmp_path):
-    def patch(model):
-        rasa_ext.patch_model(model.model, 4, 1)
-        return model
-
+    options = {"part": lambda model: model.model}
     with pytest.warns(UserWarning, match=r"model: .*rasa_ext\.save_adapter\(model\.model"):
-        whole, losses = trained(LLAMA, tmp_path / "whole", patch=patch)
-    again, others = trained(LLAMA, tmp_path / "a", tmp_path / "whole/checkpoint-2", patch=patch)
+        whole, losses = trained(LLAMA, tmp_path / "whole", **options)
+    again, others = trained(LLAMA, tmp_path / "a", tmp_path / "whole/checkpoint-2", **options)
     assert others == losses
     assert same_adapters(again.model, whole.model)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 
@@ -94,14 +93,6 @@ def test_a_path_of_this_machine_is_not_pushed(form, hub, tmp_path):
     assert content(tmp_path) == before
 
 
-def test_another_base_may_be_named(hub, tmp_path):
-    rasa_ext.save_adapter(model("anna/Old-LM"), tmp_path)
-    rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
-    assert 'from_pretrained("owner/Tiny-LM")' in card(hub)
-    assert yaml.safe_load(card(hub).split("---\n")[1])["base_model"] == ID
-    assert not [name for name, data in hub.files("me/sums").items() if b"anna/" in data]
-
-
 def test_a_card_of_peft_has_no_path_either(hub, tmp_path):
     import peft
 
@@ -173,7 +164,7 @@ def test_nothing_to_push(hub, tmp_path):
         rasa_ext.push_to_hub(tmp_path / "nowhere", "me/sums")
     with pytest.raises(FileNotFoundError, match="holds no files to push"):
         rasa_ext.push_to_hub(tmp_path, "me/sums")
-    with pytest.raises(ValueError, match="patch"):
+    with pytest.raises(ValueError, match="unpatched"):
         rasa_ext.push_to_hub(tiny_lm.make_model(), "me/sums")
     assert hub.created == []
 
@@ -188,11 +179,8 @@ def test_a_damaged_adapter_is_not_pushed(hub, tmp_path):
 
 
 def test_an_id_that_the_hub_does_not_have(hub):
-    base = tiny_lm.make_model()
-    before = copy.deepcopy(base.state_dict())
     with pytest.raises(FileNotFoundError, match=r"directory: .*'me/nothing'; .*the Hub .*404"):
-        rasa_ext.load_adapter(base, "me/nothing")
-    assert base.state_dict().keys() == before.keys()
+        rasa_ext.load_adapter(tiny_lm.make_model(), "me/nothing")
 
 
 def test_a_directory_of_that_name_comes_first(hub, tmp_path, monkeypatch):
@@ -205,7 +193,6 @@ def test_a_directory_of_that_name_comes_first(hub, tmp_path, monkeypatch):
 
 def test_the_command(hub, tmp_path):
     rasa_ext.save_adapter(model(LOCAL), tmp_path)
-    assert "base_model: expected the id" in invoke("push", tmp_path, "me/sums", code=1)
     text = invoke("push", tmp_path, "me/sums", "--model", ID, "--dry-run")
     assert "nothing was pushed" in text
     assert set(content(tmp_path)) <= set(text.split())

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from rasa_ext import writing as module
-from rasa_ext.writing import STALE, TOKENIZER, WriteError, check_output, new_folder, writing
+from rasa_ext.writing import STALE, TOKENIZER, WriteError, new_folder, writing
 from tests.helpers.file_limit import file_limit
 from tests.helpers.threads import run_in_threads
 
@@ -154,14 +153,6 @@ def test_a_failure_leaves_what_was_there(old):
     assert tree(old) == OLD
 
 
-def test_a_folder_replaces_the_earlier_folder(tmp_path):
-    for text in ("old", "new"):
-        with new_folder(tmp_path / "out") as folder:
-            (folder / "sub").mkdir()
-            (folder / "sub" / text).write_text(text)
-    assert tree(tmp_path / "out") == {"sub": "/", "sub/new": "new"}
-
-
 def test_a_file_does_not_replace_a_folder(old):
     with pytest.raises(WriteError, match="is a directory; the base is whole, and the files there"):
         write(old, {"config.json": "new", "notes": "new"})
@@ -203,18 +194,3 @@ def test_threads_that_save_into_one_folder(tmp_path):
     found = tree(tmp_path / "out")
     assert found.keys() == {"one", "two"}
     assert len(set(found.values())) == 1
-
-
-def test_an_output_is_looked_at_before_the_work(tmp_path, monkeypatch):
-    check_output(tmp_path / "new" / "deep", overwrite=False)
-    check_output(tmp_path, overwrite=False)  # empty
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"output: .*holds files; pass --overwrite"):
-        check_output(tmp_path, overwrite=False)
-    check_output(tmp_path, overwrite=True)
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(WriteError, match=r"not a directory; .*move the file"):
-            check_output(path, overwrite=True)
-    monkeypatch.setattr(module, "_may_write", lambda _: False)  # root may write anywhere
-    with pytest.raises(WriteError, match="permission denied; nothing was written"):
-        check_output(tmp_path / "new", overwrite=True)

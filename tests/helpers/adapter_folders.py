@@ -1,17 +1,22 @@
-"""Adapter folders: write one in any format, edit its config, read its card, refuse large fields."""
+"""Adapter folders: write one in any format, read its tensors or card, edit its config."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext.methods import AdapterConfig
 from tests.helpers.adapters import LargestTensor
 from tests.helpers.models import LLAMA
+from tests.helpers.refusals import refused
 
 FORMS = ["adapter", "peft", "mlx"]
 
@@ -23,9 +28,36 @@ def write(form: str, adapted, directory: Path, **options) -> None:
         rasa_ext.export_lora(adapted, directory, format=form, **options)
 
 
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors of an adapter, or of a LoRA for PEFT."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def changes_in(folder: Path) -> dict[str, Tensor]:
+    """Return dW of every module in a LoRA's files, alpha / r B A; (experts, out, in) of a stack.
+
+    vLLM and SGLang take pairs of rank r alone; llama.cpp divides alpha by the rank of each pair.
+    """
+    config, tensors = read(folder)
+    found = {}
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        A, B = tensors.pop(key).double(), tensors.pop(key.replace("_A.", "_B.")).double()
+        assert A.shape[-2] == B.shape[-1] == config["r"], key
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        found[name] = config["lora_alpha"] / config["r"] * B @ A
+    assert not [key for key in tensors if ".lora_" in key]
+    return found
+
+
 def edit(folder: Path, **fields) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def not_loaded(load: Callable, model: nn.Module, folder: Path, *said: str) -> None:
+    """Check that loading the folder into the model is refused, and leaves the model unchanged."""
+    refused(lambda: load(model, folder), model, *said)
 
 
 def card(directory: Path) -> str:
