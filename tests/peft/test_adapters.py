@@ -17,23 +17,10 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers import models, oracle
 from tests.helpers.adapters import patched, same_adapters, same_bits
 from tests.helpers.models import EVERY, GPT2
-from tests.helpers.peft import TOKENS, adapted, changes, close, dense, named, trained, two
+from tests.helpers.peft import TOKENS, adapted, changes, trained
 from tests.helpers.peft_sides import FAMILIES, LINEAR, sides
 from tests.helpers.refusals import Snapshot
 from tests.helpers.tiny_lm import make_model
-
-
-def test_each_adapter_has_its_own_ranks_pool_and_layers():
-    model = two()
-    first, second = named(model, "default"), named(model, "second")
-    assert len(first) == 14
-    assert {n.rpartition(".")[2] for n in second} == {"q_proj", "down_proj"}
-    for tensors, own, pooled in ((first, 3, 2), (second, 3, 6)):
-        for adapter in tensors.values():
-            assert (adapter.A.shape[0], adapter.A_pool.shape[0]) == (own, pooled)
-    q = [name for name in second if name.endswith("q_proj")]
-    assert second[q[0]].A_pool is second[q[1]].A_pool
-    assert second[q[0]].A_pool is not first[q[0]].A_pool
 
 
 @sides("mixtral")
@@ -249,24 +236,3 @@ def test_delta_weight_is_the_oracles(side):
         delta = owner.get_delta_weight("default")
         assert delta.shape == owner.weight.shape
         torch.testing.assert_close(delta.double(), exact.mT if turned else exact, rtol=0, atol=1e-6)
-
-
-def test_fused_projections_that_lose_their_adapter():
-    """First q, k and v are fused, then the adapter has only q, then k and v have no adapter."""
-    model = two().train()
-    model.set_adapter("default")
-    for _ in range(3):
-        model(TOKENS).logits.sum().backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.mul_(1)  # change versions like an optimizer's step
-    for names in (["second"], ["default"], ["second"]):
-        model.set_adapter(names[0])
-        for grad in (True, False, True):
-            with torch.set_grad_enabled(grad):
-                close(model(TOKENS).logits, dense(model, *names))
-    model.delete_adapter("default")
-    model.set_adapter("second")
-    for _ in range(2):
-        close(model(TOKENS).logits, dense(model, "second"))

@@ -36,15 +36,13 @@ def whisper() -> nn.Module:
 
 
 def bart() -> nn.Module:
-    return transformers.BartForConditionalGeneration(
-        transformers.BartConfig(**SMALL, max_position_embeddings=12)
-    )
+    config = transformers.BartConfig(**SMALL, max_position_embeddings=12)
+    return transformers.BartForConditionalGeneration(config)
 
 
 def marian() -> nn.Module:
-    return transformers.MarianMTModel(
-        transformers.MarianConfig(**SMALL, max_position_embeddings=12)
-    )
+    config = transformers.MarianConfig(**SMALL, max_position_embeddings=12)
+    return transformers.MarianMTModel(config)
 
 
 def clip() -> nn.Module:
@@ -67,15 +65,11 @@ def llava() -> nn.Module:
 
 WITH_IMAGE = torch.cat([torch.full((2, 4), 39), TOKENS], 1)
 SPEECH = torch.linspace(-1, 1, 2 * 8 * 12).view(2, 8, 12)
+SPOKEN = {"input_features": SPEECH, "decoder_input_ids": TOKENS}
 
 # Builder, inputs, task type, and the PEFT class that loads base and adapter together.
 FAMILIES = {
-    "whisper": (
-        whisper,
-        {"input_features": SPEECH, "decoder_input_ids": TOKENS},
-        None,
-        AutoPeftModel,
-    ),
+    "whisper": (whisper, SPOKEN, None, AutoPeftModel),
     "bart": (bart, PAIR, "SEQ_2_SEQ_LM", AutoPeftModelForSeq2SeqLM),
     "marian": (marian, PAIR, "SEQ_2_SEQ_LM", AutoPeftModelForSeq2SeqLM),
     "clip": (clip, {"input_ids": TOKENS, "pixel_values": PIXELS}, None, AutoPeftModel),

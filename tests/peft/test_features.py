@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import RANK, same_bits
-from tests.helpers.peft import TOKENS, close, dense, layers, logits, named, tiny, trained, two
+from tests.helpers.peft import TOKENS, close, dense, layers, logits, tiny, trained, two
 from tests.helpers.peft_sides import FAMILIES, sides
 from tests.helpers.tiny_lm import make_model
 
@@ -151,16 +149,6 @@ def test_adapters_of_several_methods_are_not_mixed():
     assert list(model.peft_config) == ["default"]
 
 
-def test_freezing_one_of_two():
-    model = two()
-    model.base_model.set_adapter(["default", "second"])
-    for tensors in named(model, "default").values():
-        tensors.map(lambda t: t.requires_grad_(False))
-    model(TOKENS).logits.square().sum().backward()
-    grads = {key: p.grad for key, p in model.named_parameters() if ".rasa_" in key}
-    assert all((grad is not None) == key.endswith(".second") for key, grad in grads.items())
-
-
 def test_compile():
     """The model compiles to one graph, and changed parameters take effect."""
     torch._dynamo.reset()
@@ -173,11 +161,3 @@ def test_compile():
     close(compiled(TOKENS).logits, dense(model, "default"))
     compiled(TOKENS).logits.sum().backward()
     assert all(p.grad is not None for p in trained(model).values())
-
-
-def test_loading_warns_of_nothing(tmp_path):
-    model = tiny(modules_to_save=["lm_head"])
-    model.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        PeftModel.from_pretrained(make_model(), tmp_path)

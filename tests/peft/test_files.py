@@ -20,7 +20,7 @@ import rasa_ext.peft
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, patched, same_adapters, same_bits
 from tests.helpers.models import GPT2, LLAMA, T5
-from tests.helpers.peft import adapted, layers, logits, named, tiny, trained, two
+from tests.helpers.peft import adapted, layers, logits, named, tiny, trained
 from tests.helpers.tiny_lm import make_model, save_base
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -54,56 +54,40 @@ def test_peft_writes_what_save_adapter_writes(dtype, tmp_path):
     ours, theirs = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "peft"))
     assert ours.keys() == theirs.keys()
     assert all(same_bits(ours[key], theirs[key]) for key in ours)
-    configs = [
-        json.loads((tmp_path / side / "adapter_config.json").read_text())
-        for side in ("ours", "peft")
-    ]
+    paths = (tmp_path / side / "adapter_config.json" for side in ("ours", "peft"))
+    configs = [json.loads(path.read_text()) for path in paths]
     differing = {"target_modules", "base_model_name_or_path"}  # by order; by None or ""
     common = (configs[0].keys() & configs[1].keys()) - differing
     assert {key: configs[0][key] for key in common} == {key: configs[1][key] for key in common}
     assert configs[0].keys() <= configs[1].keys()
 
 
-OPTIONS = [
-    {"rank": 6, "k": 2, "alpha": 3.0, "target_modules": ("q_proj", "down_proj")},
-    {"target_modules": r".*\.1\..*_proj", "dropout": 0.1},
-    {"exclude_modules": ("k_proj",), "modules_to_save": ("lm_head", "norm")},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_from_save_adapter_to_peft(options, tmp_path, recwarn):
-    model = patched(make_model(), config=rasa_ext.RasaConfig(**{"rank": RANK, **options}))
-    with torch.no_grad():
-        model.model.norm.weight.add_(0.5 * ("modules_to_save" in options))
-    rasa_ext.save_adapter(model, tmp_path)
-    again = PeftModel.from_pretrained(make_model(), tmp_path)
-    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
-    configs = again.peft_config["default"].core(), rasa_ext.RasaConfig(**{"rank": RANK, **options})
-    first, second = (config.diagonal(*config.ranks(2)) for config in configs)
-    assert torch.equal(first, second)
-    assert not [w for w in recwarn if "keyword" in str(w.message) or "missing" in str(w.message)]
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"r": 6, "rasa_k": 2, "target_modules": ["q_proj", "down_proj"]},
-        {"target_modules": r".*\.1\..*_proj", "rasa_dropout": 0.1},
+        {"r": 6, "rasa_k": 2, "rasa_alpha": 3.0, "target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": r".*\.1\..*_proj", "rasa_dropout": 0.1, "adapter_dtype": "bfloat16"},
         {"exclude_modules": ["k_proj"], "modules_to_save": ["lm_head", "norm"]},
         {"target_modules": ["q_proj", "c_attn"], "modules_to_save": ["lm_head", "classifier"]},
     ],
 )
-def test_from_peft_to_load_adapter(options, tmp_path):
+def test_from_peft_to_load_adapter_and_back(options, tmp_path, recwarn):
     model = tiny(**options).eval()
     with torch.no_grad():
         for name, parameter in trained(model).items():
             parameter.add_(0.5 * ("modules_to_save" in name))
-    model.save_pretrained(tmp_path)
-    again = rasa_ext.load_adapter(make_model(), tmp_path)
-    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
-    written = sum(tensor.numel() for tensor in load_file(tmp_path / WEIGHTS).values())
-    assert sum(p.numel() for p in again.parameters() if p.requires_grad) == written
+    model.save_pretrained(tmp_path / "peft")
+    ours = rasa_ext.load_adapter(make_model(), tmp_path / "peft")
+    assert torch.equal(logits(ours), logits(model))
+    written = sum(tensor.numel() for tensor in load_file(tmp_path / "peft" / WEIGHTS).values())
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == written
+    rasa_ext.save_adapter(ours, tmp_path / "ours")
+    recwarn.clear()
+    again = PeftModel.from_pretrained(make_model(), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    configs = model.peft_config["default"].core(), again.peft_config["default"].core()
+    assert torch.equal(*(config.diagonal(*config.ranks(2)) for config in configs))
+    assert not [w for w in recwarn if "keyword" in str(w.message) or "missing" in str(w.message)]
 
 
 def test_other_families_go_both_ways(tmp_path):
@@ -116,17 +100,6 @@ def test_other_families_go_both_ways(tmp_path):
         through.save_pretrained(tmp_path / "peft" / entry.name)
         back = rasa_ext.load_adapter(entry.build(), tmp_path / "peft" / entry.name).eval()
         assert torch.equal(logits(back, inputs), logits(model, inputs))
-
-
-def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):
-    model = two()
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make_model(), tmp_path)
-    again.load_adapter(tmp_path / "second", "other")
-    for mine, theirs in (("default", "default"), ("second", "other")):
-        model.set_adapter(mine)
-        again.set_adapter(theirs)
-        assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -149,12 +122,8 @@ def test_numbers_that_are_not_finite(value, way, tmp_path):
     with pytest.raises(ValueError, match="NaN or infinity") as raised:
         ways[way]()
     said = str(raised.value)
-    adapter = "second" if way == "second" else "default"
-    assert said.startswith(
-        f"adapter {adapter!r}: expected finite numbers, but 1 of {len(tensors)} tensors"
-    )
+    assert said.startswith(f"adapter {'second' if way == 'second' else 'default'!r}: ")
     assert key in said
-    assert said.endswith(" No tensor was loaded.")
     assert torch.equal(logits(model), before)
 
 
@@ -166,15 +135,10 @@ def test_a_state_dict_with_nan_is_its_owners_affair():
     assert logits(model).isnan().all()
 
 
-@pytest.mark.parametrize("side", ["peft", "core"])
-def test_auto_peft_model(side, tmp_path):
+def test_auto_peft_model(tmp_path):
     base = type(make_model()).from_pretrained(save_base(tmp_path / "base"))
-    if side == "peft":
-        model = adapted(base, task_type="CAUSAL_LM")
-        model.save_pretrained(tmp_path / "adapter")
-    else:
-        model = patched(base).eval()
-        rasa_ext.save_adapter(model, tmp_path / "adapter")
+    model = patched(base).eval()
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert layers(again)
     assert torch.equal(logits(again), logits(model))
@@ -212,15 +176,9 @@ def test_a_published_checkpoint(k, targets, pickled, tmp_path, recwarn):
     """All tensors load, under any adapter name, and PEFT then saves our format."""
     source = adapted(LLAMA.build(), rasa_k=k, target_modules=targets)
     expected = named(source, "default")
-    oracle.write_official(
-        tmp_path / "published",
-        oracle.official_tensors(expected),
-        rank=RANK,
-        k=k,
-        alpha=8,
-        target_modules=targets,
-        pickled=pickled,
-    )
+    tensors, options = oracle.official_tensors(expected), {"rank": RANK, "k": k, "alpha": 8}
+    options |= {"target_modules": targets, "pickled": pickled}
+    oracle.write_official(tmp_path / "published", tensors, **options)
     inputs = LLAMA.inputs(0)
     model = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "published")
     model.load_adapter(tmp_path / "published", "again")

@@ -9,7 +9,6 @@ import torch
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from rasa_ext.peft import RasaConfig
-from rasa_ext.peft.named import RowAdapters
 from tests.helpers.models import T5
 from tests.helpers.peft import TOKENS, adapted, close, dense, named, two
 from tests.helpers.tiny_lm import make_model
@@ -101,14 +100,6 @@ def test_checkpoints_that_would_recompute_without_the_rows_are_refused(reentrant
     with torch.no_grad():
         found = model(inputs_embeds=x, adapter_names=NAMES).logits
     close(found[0], dense(model, "second")[0])
-
-
-def test_names_by_rows():
-    rows = RowAdapters(("a", "b"), beams=2)
-    assert rows.of(2) == ["a", "b"]
-    assert rows.of(4) == ["a", "a", "b", "b"]
-    with pytest.raises(ValueError, match=r"^adapter_names: expected one name for each row"):
-        rows.of(3)
 
 
 @pytest.mark.parametrize(

@@ -29,21 +29,13 @@ class Kind(str, enum.Enum):  # noqa: UP042 - as PeftType is
 
 
 def test_a_new_member_is_like_any_other():
-    before = list(Kind)
     member = extend_enum(Kind, "RASA")
-    assert [*before, member] == list(Kind)
+    assert list(Kind) == [Kind.FIRST, member]
     assert Kind.RASA is Kind("RASA") is Kind["RASA"] is member
-    assert isinstance(member, Kind)
     assert (member.name, member.value, member) == ("RASA", "RASA", "RASA")
-    assert repr(member) == repr(Kind.FIRST).replace("FIRST", "RASA")
-    assert {"RASA": 1}[member] == 1
-    assert member in Kind.__members__.values()
     assert pickle.loads(pickle.dumps(member)) is member
     assert json.dumps({"kind": member}) == '{"kind": "RASA"}'
-    with pytest.raises(AttributeError):
-        Kind.RASA = "OTHER"
     assert extend_enum(Kind, "RASA") is member
-    assert len(Kind) == 2
 
 
 def test_what_the_list_has_stays():

@@ -107,14 +107,6 @@ def test_rows_are_float32_over_bfloat16(tmp_path):
     assert same_bits(rows.detach(), layer.trainable_tokens_delta["default"].detach())
 
 
-def test_a_reference_of_trl_has_the_policys_rows():
-    model = tuned(GPT2)
-    model.add_adapter("ref", model.peft_config["default"])
-    (layer,) = token_layers(model)
-    rows = layer.trainable_tokens_delta
-    assert torch.equal(rows["ref"], rows["default"])
-
-
 def test_no_safe_merge_of_what_is_not_finite():
     model = tuned(GPT2)
     (layer,) = token_layers(model)
@@ -150,16 +142,12 @@ class Biased(nn.Module):
         return self.readout(self.body(self.embed(x)))
 
 
+HEAD = {"target_modules": ["c_attn", "lm_head"]}
 BAD = {
     "too large": (LLAMA.build, [32], {}, "below 32"),
     "no such": (LLAMA.build, {"wte": [1]}, {}, "no name ends in 'wte'"),
     "saved": (LLAMA.build, [1], {"modules_to_save": ["embed_tokens"]}, "trained in full"),
-    "adapted": (
-        GPT2.build,
-        [1],
-        {"target_modules": ["c_attn", "lm_head"]},
-        "target_modules also adapts 'lm_head'",
-    ),
+    "adapted": (GPT2.build, [1], HEAD, "target_modules also adapts 'lm_head'"),
     "a tie that PEFT does not see": (TIED.build, [1], {}, "which PEFT does not know"),
     "bias": (Biased, {"readout": [1]}, {"target_modules": ["body"]}, "which PEFT leaves out"),
 }

@@ -225,7 +225,7 @@ def test_adapters_stay_float32_over_a_bfloat16_base(kind, front_end, folder, tmp
             assert not torch.equal(now, then), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
 def test_a_checkpoint_has_the_same_outputs(kind, folder, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     running = over_peft(kind, folder, tmp_path, **saving)
