@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -13,43 +14,79 @@ from rasa_ext.analysis import analyze, analyze_adapter
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
 from tests.helpers.cli import invoke
-from tests.helpers.models import FAMILIES, LLAMA, TIED, ids
+from tests.helpers.expert_files import adapted, build, of_experts, stacks
+from tests.helpers.models import FAMILIES, LLAMA, TIED
 from tests.helpers.outside import VeraConfig
 
 
-@pytest.mark.parametrize("k", [0, 1, 4])
-@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
-def test_agrees_with_the_dense_changes(entry, k, tmp_path):
-    model = patched(entry.build(), 4, k)
+def linear(entry, k):
+    return patched(entry.build(), 3, k)
+
+
+def mixture(family, grouping, k):
+    return adapted(base(family), grouping, k)
+
+
+def name_of(make) -> str:
+    first, *others = make.args
+    return ", ".join([getattr(first, "name", first), *others])
+
+
+base = functools.cache(build)
+MODELS = [functools.partial(linear, entry) for entry in FAMILIES]
+MODELS += [
+    functools.partial(mixture, family, grouping)
+    for family in ("mixtral", "gpt_oss")
+    for grouping in ("slot", "layer", "shared")
+]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("make", MODELS, ids=name_of)
+def test_agrees_with_the_dense_changes(make, k, tmp_path):
+    model = make(k)
     rasa_ext.save_adapter(model, tmp_path)
-    found = adapters(model)
     groups = analyze(model)
-    assert [layer.name for g in groups for layer in g.layers if g.pattern] != []
-    assert {layer.name for g in groups for layer in g.layers} == set(found)
+    plan = [(row.pattern, row.L, row.shape, row.experts) for row in rasa_ext.summary(model)]
+    assert [(g.pattern, len(g.weights), g.shape, g.experts) for g in groups] == plan
+    found = {(layer.name, layer.expert): layer for g in groups for layer in g.layers}
+    expected = {(name, None): adapter for name, adapter in adapters(model).items()}
+    for name, stack in stacks(model).items():
+        expected |= {(name, i): each for i, each in enumerate(of_experts(stack))}
+    assert found.keys() == expected.keys()
+    for key, adapter in expected.items():
+        check(found[key], adapter)
     for group in groups:
-        for i, layer in enumerate(group.layers):
-            adapter = found[layer.name]
-            down, up, d = adapter.stacked()
-            change = oracle.delta(adapter)
-            assert group.shape == tuple(change.shape)
-            S = torch.linalg.svdvals(change)[: len(layer.singular_values)]
-            assert len(S) == min(len(d), *change.shape)
-            torch.testing.assert_close(layer.singular_values, S)
-            assert layer.norm == pytest.approx(change.norm().item())
-            p = S / S.sum()
-            p = p[p > 0]
-            assert layer.effective_rank == pytest.approx(math.exp(-(p * p.log()).sum().item()))
-            own = adapter.A.shape[0]
-            private = ((up[:, :own] * d[:own]) @ down[:own]).square().sum()
-            pooled = ((up[:, own:] * d[own:]) @ down[own:]).square().sum()
-            assert layer.private_share == pytest.approx((private / (private + pooled)).item())
-            one_by_one = [(up[:, [j]] * d[j] @ down[[j]]).norm().item() for j in range(own, len(d))]
-            assert layer.pool_use.tolist() == pytest.approx(one_by_one)
-            assert group.pool_use[i].tolist() == layer.pool_use.tolist()
-    of_file = {layer.name: layer for g in analyze_adapter(tmp_path) for layer in g.layers}
-    for layer in (layer for g in groups for layer in g.layers):
-        assert torch.equal(of_file[layer.name].singular_values, layer.singular_values)
-        assert torch.equal(of_file[layer.name].pool_use, layer.pool_use)
+        assert all(len(of) == (group.experts or 1) for of in group.weights)
+        assert group.pool_use.tolist() == [layer.pool_use.tolist() for layer in group.layers]
+    of_file = {(layer.name, layer.expert): layer for layer in layers_in(tmp_path)}
+    assert of_file.keys() == found.keys()
+    for key, layer in found.items():
+        assert torch.equal(of_file[key].singular_values, layer.singular_values)
+        assert torch.equal(of_file[key].pool_use, layer.pool_use)
+
+
+def check(layer, adapter):
+    """Compare a layer's figures with its dense weight change."""
+    down, up, d = adapter.stacked()
+    change = oracle.delta(adapter)
+    S = torch.linalg.svdvals(change)[: len(layer.singular_values)]
+    assert len(S) == min(len(d), *change.shape)
+    torch.testing.assert_close(layer.singular_values, S)
+    assert layer.norm == pytest.approx(change.norm().item())
+    p = S / S.sum()
+    p = p[p > 0]
+    assert layer.effective_rank == pytest.approx(math.exp(-(p * p.log()).sum().item()))
+    own = adapter.A.shape[0]
+    private = ((up[:, :own] * d[:own]) @ down[:own]).square().sum()
+    pooled = ((up[:, own:] * d[own:]) @ down[own:]).square().sum()
+    assert layer.private_share == pytest.approx((private / (private + pooled)).item())
+    one_by_one = [(up[:, [j]] * d[j] @ down[[j]]).norm().item() for j in range(own, len(d))]
+    assert layer.pool_use.tolist() == pytest.approx(one_by_one)
+
+
+def layers_in(folder):
+    return [layer for group in analyze_adapter(folder) for layer in group.layers]
 
 
 def test_layers_of_a_file_stand_in_the_models_order(tmp_path):
@@ -112,11 +149,14 @@ def test_an_untrained_adapter_has_rank_zero():
         assert layer.norm == 0
 
 
-def test_no_out_x_in_matrix_is_formed(monkeypatch):
-    base = torch.nn.Sequential(*[torch.nn.Linear(300, 400) for _ in range(2)])
-    model = patched(base, 3, 1)
-    shapes = []
-    svdvals = torch.linalg.svdvals
+WIDE = torch.nn.Sequential(*[torch.nn.Linear(300, 400) for _ in range(2)])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: patched(WIDE, 3, 1), lambda: adapted(base("mixtral"), "slot")]
+)
+def test_no_out_x_in_matrix_is_formed(make, monkeypatch):
+    model, shapes, svdvals = make(), [], torch.linalg.svdvals
     monkeypatch.setattr(torch.linalg, "svdvals", lambda t: shapes.append(t.shape) or svdvals(t))
     analyze(model)
     assert shapes
@@ -157,14 +197,12 @@ def test_a_file_is_analyzed_by_its_method(config, tmp_path):
         for parameter in rasa_ext.adapter_parameters(model):
             parameter.normal_()
     rasa_ext.save_adapter(model, tmp_path)
-    found = {layer.name: layer for g in analyze_adapter(tmp_path) for layer in g.layers}
-    changes = rasa_ext.delta_weights(model)
-    for name, change in changes:
+    found = {layer.name: layer for layer in layers_in(tmp_path)}
+    for name, change in rasa_ext.delta_weights(model):
         S = torch.linalg.svdvals(change.double())
         layer = found.pop(name)
-        torch.testing.assert_close(
-            layer.singular_values, S[: len(layer.singular_values)], rtol=1e-4, atol=1e-4
-        )
+        values = layer.singular_values
+        torch.testing.assert_close(values, S[: len(values)], rtol=1e-4, atol=1e-4)
         assert layer.norm == pytest.approx(change.norm().item(), rel=1e-4)
     assert not found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import rasa_ext
 from rasa_ext import methods
 from tests.helpers import outside
+from tests.helpers.cli import load, logits
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 COUNT = '''
@@ -49,77 +50,6 @@ def installed(tmp_path_factory) -> Path:
     return folder
 
 
-def run(installed: Path, *arguments: str) -> str:
-    """Run a new process that has not imported the method; return the printed text."""
-    path = os.pathsep.join([str(installed), str(Path(rasa_ext.__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-TRAIN = """
-import sys, torch, rasa_ext
-from transformers import AutoModelForCausalLM
-base, folder = sys.argv[1:]
-kind = rasa_ext.methods.method_named("outside-vera")
-config = kind(rank=4, target_modules=["q_proj", "down_proj"])
-model = rasa_ext.patch_model(AutoModelForCausalLM.from_pretrained(base), config=config)
-trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
-assert trained == {"b", "d"}, trained
-optimizer = torch.optim.AdamW(rasa_ext.training.parameter_groups(model, lr=0.1))
-tokens = torch.arange(1, 9).view(2, 4)
-for _ in range(3):
-    model(tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-rasa_ext.save_adapter(model, folder + "/adapter")
-rasa_ext.export_lora(model, folder + "/lora")
-model.eval()
-with torch.no_grad():
-    logits = model(tokens).logits
-    rasa_ext.merge(model)
-    assert torch.allclose(model(tokens).logits, logits, atol=1e-4)
-    rasa_ext.unmerge(model)
-    assert torch.equal(model(tokens).logits, logits)
-assert len(list(rasa_ext.summary(model))) == 2
-torch.save(logits, folder + "/logits.pt")
-"""
-
-LOAD = """
-import sys, torch, rasa_ext, rasa_ext.peft
-from peft import PeftModel
-from rasa_ext.analysis import analyze_adapter
-from transformers import AutoModelForCausalLM
-base, folder = sys.argv[1:]
-tokens, expected = torch.arange(1, 9).view(2, 4), torch.load(folder + "/logits.pt")
-load = AutoModelForCausalLM.from_pretrained
-with torch.no_grad():
-    loaded = rasa_ext.load_adapter(load(base), folder + "/adapter").eval()
-    assert torch.equal(loaded(tokens).logits, expected)
-    plug_in = PeftModel.from_pretrained(load(base), folder + "/adapter").eval()
-    assert torch.equal(plug_in(tokens).logits, expected)
-    peft = PeftModel.from_pretrained(load(base), folder + "/lora").eval()
-    assert torch.allclose(peft(tokens).logits, expected, atol=1e-4)
-    assert not torch.allclose(load(base)(tokens).logits, expected, atol=1e-2)
-groups = analyze_adapter(folder + "/adapter", load(base))
-assert all(0 < layer.effective_rank <= 4 for group in groups for layer in group.layers)
-"""
-
-
-def test_it_trains_and_another_process_reads_all_of_it(installed, tmp_path):
-    base = str(save_base(tmp_path / "base"))
-    run(installed, "-c", TRAIN, base, str(tmp_path))
-    assert "[arXiv 2310.11454]" in (tmp_path / "adapter" / "README.md").read_text()
-    assert "VeRA" in (tmp_path / "lora" / "README.md").read_text()
-    run(installed, "-c", LOAD, base, str(tmp_path))
-    said = r"adapter_config\.json: rasa_method: .* got 'outside-vera'"
-    with pytest.raises(ValueError, match=said):  # not installed in this process
-        rasa_ext.load_adapter(make_model(), tmp_path / "adapter")
-
-
 COMMANDS = """
 import sys
 from typer.testing import CliRunner
@@ -142,15 +72,24 @@ for words in (
 
 
 def test_the_commands_train_show_merge_and_export_it(installed, tmp_path):
+    """In a new process that has not imported the method."""
     base, data = save_base(tmp_path / "base"), write_jsonl(tmp_path / "train.jsonl", sums(8))
-    shown = run(installed, "-c", COMMANDS, str(base), str(data), str(tmp_path))
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["rasa_method"] == "outside-vera"
-    words = " ".join(shown.split())
+    path = os.pathsep.join([str(installed), str(Path(rasa_ext.__file__).parents[1])])
+    command = [sys.executable, "-c", COMMANDS, str(base), str(data), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = " ".join(done.stdout.split())
     for said in ("rasa_method outside-vera", "Count the files of a folder.", "files: "):
         assert said in words
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    lora = PeftModel.from_pretrained(load(base), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(lora), logits(merged), rtol=1e-4, atol=1e-4)
+    assert (logits(load(base)) - logits(merged)).abs().max() > 1e-2
+    assert "[arXiv 2310.11454]" in (tmp_path / "adapter" / "README.md").read_text()
+    said = r"adapter_config\.json: rasa_method: .* got 'outside-vera'"
+    with pytest.raises(ValueError, match=said):  # not installed in this process
+        rasa_ext.load_adapter(make_model(), tmp_path / "adapter")
 
 
 def test_a_name_is_one_method_s():

@@ -105,29 +105,6 @@ def test_it_has_as_many_numbers_as_pefts_and_begins_as_that_does():
     assert 0.9 * 16**-0.5 < A.abs().max() <= 16**-0.5
 
 
-def test_it_trains_under_peft():
-    config = rasa_ext.peft.RasaConfig(r=3, rasa_method="lora", rasa_experts="own")
-    model = get_peft_model(experts.model("mixtral"), config)
-    tokens = torch.arange(12).view(2, 6)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
-    names = {n.split(".experts.")[1] for n, p in model.named_parameters() if ".experts." in n}
-    ends = {f"{each}_proj.rasa_{f}.default" for each in ("gate_up", "down") for f in "AB"}
-    assert ends <= names
-
-
-def test_what_is_refused():
-    with pytest.raises(ValueError, match="experts: expected None or 'own', got 'shared'"):
-        LoraConfig(experts="shared")
-
-
 def test_without_the_argument_a_warning_says_how():
     with pytest.warns(UserWarning, match="To adapt them, pass experts='own'"):
         rasa_ext.patch_model(experts.model(), config=LoraConfig(rank=1))

@@ -10,6 +10,7 @@ import rasa_ext
 from rasa_ext import methods
 from tests.helpers.memory import saved_storages
 from tests.helpers.methods import base, rasa_linears
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture
@@ -34,13 +35,10 @@ def test_a_frozen_A_keeps_no_x(frozen):
 
 
 def test_a_rank_pattern_of_no_layer_is_refused():
-    model = base()
-    config = methods.RasaConfig(
-        4, rank_pattern={"up_proj": 8, "q_proj": 2}, target_modules=["up_proj"]
-    )
-    with pytest.raises(ValueError, match=r"rank_pattern: .*'q_proj' matches none of 3"):
-        rasa_ext.patch_model(model, config=config)
-    assert not rasa_linears(model)
+    patterns, model = {"up_proj": 8, "q_proj": 2}, base()
+    config = methods.RasaConfig(4, rank_pattern=patterns, target_modules=["up_proj"])
+    said = r"rank_pattern: .*'q_proj' matches none of 3"
+    refused(lambda: rasa_ext.patch_model(model, config=config), model, said)
 
 
 def test_ranks_by_pattern():
@@ -52,9 +50,8 @@ def test_ranks_by_pattern():
         for i in range(3)
         for name in ("up_proj", "down_proj")
     }
-    assert {layer.effective_rank - layer.A.shape[0] for layer in rasa_linears(model).values()} == {
-        3
-    }
+    layers = rasa_linears(model).values()
+    assert {layer.effective_rank - layer.A.shape[0] for layer in layers} == {3}
     assert "6-10" in str(rasa_ext.summary(model))
 
 
@@ -67,6 +64,7 @@ def test_ranks_by_pattern():
         (lambda: methods.RasaConfig(rank_pattern={4: 4}), "rank_pattern: expected patterns"),
         (lambda: methods.RasaConfig(rank_pattern=[4]), "rank_pattern: expected a mapping"),
         (lambda: methods.LoraConfig.from_dict({"peft_type": "RASA"}), "rasa_method"),
+        (lambda: methods.LoraConfig(experts="shared"), "experts: expected None or 'own'"),
     ],
 )
 def test_bad_input(make, named):

@@ -73,10 +73,10 @@ def test_layers_that_are_not_given_stay():
 def test_what_is_refused():
     model = case("rasa")
     later, changed = one_more(model)
-    wrapped = nn.ModuleList([DistributedDataParallel.__new__(DistributedDataParallel)])
-    nn.Module.__init__(wrapped[0])
-    wrapped[0].module = model
-    refused(lambda: replace_tensors(wrapped[0], later, changed), model, "model.module")
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    refused(lambda: replace_tensors(wrapped, later, changed), model, "model.module")
     rasa_ext.merge(model)
     with pytest.raises(RuntimeError, match="unmerge"):
         replace_tensors(model, later, changed)
