@@ -16,6 +16,7 @@ import rasa_ext
 from rasa_ext.checkpoint.card import BASE_FOLDER, hub_id
 from tests.helpers import experts, tiny_lm
 from tests.helpers.adapter_folders import FORMS, card, code, rows, write
+from tests.helpers.adapter_folders import tuned_lm as model
 from tests.helpers.adapters import RANK, content, patched, same_adapters
 from tests.helpers.hub import refused
 from tests.helpers.methods import CASES, case, rasa_linears
@@ -24,12 +25,6 @@ from tests.helpers.models import SEQUENTIAL
 ID = "owner/Tiny-LM"
 HEAD = re.compile(r"---\n(.*?)\n---\n\n", re.DOTALL)
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
-
-
-def model(base: str | None = ID, **options):
-    plain = tiny_lm.make_model()
-    plain.config._name_or_path = base
-    return patched(plain, RANK, 1, **options)
 
 
 def head(text: str) -> dict:

@@ -16,6 +16,7 @@ from tests.helpers import oracle
 from tests.helpers.adapter_folders import read
 from tests.helpers.adapters import RANK, adapters, content, patched
 from tests.helpers.models import GPT2, LLAMA, TIED_LLAMA
+from tests.helpers.trained_tokens import with_moved_rows
 
 BASE = LLAMA.build()
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -101,6 +102,7 @@ PLAIN = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 REFUSED = {
     "Conv1D": (lambda: patched(GPT2.build()), "model types llama, .*got 'gpt2'"),
     "no model of transformers": (lambda: patched(PLAIN), "got None"),
+    "rows": (lambda: with_moved_rows(LLAMA), "trainable_token_indices"),
     "norms": (lambda: patched(BASE, modules_to_save=["norm"]), "model.norm.weight"),
     "tied head": (
         lambda: patched(TIED_LLAMA.build(), target_modules=["q_proj", "lm_head"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import os
 import re
 
@@ -17,6 +19,7 @@ import rasa_ext
 import rasa_ext.peft  # PEFT then reads adapters
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest, read_tensors
+from tests.helpers import experts
 from tests.helpers.adapter_folders import edit, not_loaded
 from tests.helpers.adapters import (
     RANK,
@@ -71,19 +74,58 @@ def test_round_trip(entry, k, tmp_path):
     assert torch.equal(logits(entry, model), logits(entry, base))
 
 
-def test_loading_into_a_patched_model(tmp_path):
-    """An equal config is overwritten; for another config, the error names the differences."""
-    base = LLAMA.build()
-    model, same = patched(base, seed=1), patched(base, seed=2)
+def mixture(grouping="slot"):
+    return experts.patched(experts.model(), grouping)
+
+
+EXPERTS = [(family, "shared", 1) for family in experts.FAMILIES]
+EXPERTS += [("mixtral", grouping, k) for grouping in experts.GROUPINGS for k in (0, 1, 3)]
+OPTIONS = {"target_modules": "all-linear", "exclude_modules": ("shared_expert_gate",)}
+ADAPTED = [(LLAMA, patched)]
+ADAPTED += [
+    (experts.entry(family), lambda base, g=g, k=k: experts.patched(base, g, 3, k, **OPTIONS))
+    for family, g, k in EXPERTS
+]
+
+
+@pytest.mark.parametrize(
+    ("entry", "adapt"), ADAPTED, ids=["llama", *(f"{f}-{g}-{k}" for f, g, k in EXPERTS)]
+)
+def test_loading_into_a_base_or_over_an_adapter(entry, adapt, tmp_path):
+    model = adapt(entry.build())
     rasa_ext.save_adapter(model, tmp_path)
+    same = copy.deepcopy(model)  # which shares no tensors with the original
     identities = [id(p) for p in same.parameters()]
     with torch.no_grad():
-        logits(LLAMA, same)  # caches packs of the old adapter
-    rasa_ext.load_adapter(same, tmp_path)
-    assert torch.equal(logits(LLAMA, same), logits(LLAMA, model))
-    assert same_adapters(model, same)
+        for parameter in rasa_ext.adapter_parameters(same):
+            parameter.normal_()
+        logits(entry, same)  # caches packs of the old adapter
+    expected = logits(entry, model)
+    for other in (entry.build(), same):
+        loaded = rasa_ext.load_adapter(other, tmp_path)
+        assert same_adapters(loaded, model)
+        assert torch.equal(logits(entry, loaded), expected)
     assert [id(p) for p in same.parameters()] == identities
-    not_loaded(rasa_ext.load_adapter, patched(base, RANK, 2), tmp_path, r"k: 2, 1.*unpatch")
+
+
+@pytest.mark.parametrize(
+    ("adapted", "other", "said"),
+    [
+        (lambda: patched(LLAMA.build()), lambda: patched(LLAMA.build(), 4, 2), r"k: 2, 1.*unpatch"),
+        (mixture, lambda: mixture("shared"), "experts: 'shared', 'slot'"),
+        (mixture, lambda: experts.model(num_local_experts=6), r"gate_up_proj\.rasa_"),
+    ],
+)
+def test_another_adapter_or_model(adapted, other, said, tmp_path):
+    rasa_ext.save_adapter(adapted(), tmp_path)
+    not_loaded(rasa_ext.load_adapter, other(), tmp_path, said)
+
+
+def test_a_file_without_experts_says_nothing_of_them(tmp_path):
+    with pytest.warns(UserWarning, match="stay untouched"):
+        model = rasa_ext.patch_model(experts.model(), 3, 1)
+    rasa_ext.save_adapter(model, tmp_path)
+    assert "rasa_experts" not in json.loads((tmp_path / CONFIG).read_text())
 
 
 @pytest.mark.parametrize("named", [["embed"], ["readout"], ["embed", "readout"]], ids=str)

@@ -12,7 +12,8 @@ import yaml
 import rasa_ext
 from tests.helpers import tiny_lm
 from tests.helpers.adapter_folders import FORMS, write
-from tests.helpers.adapters import RANK, content, patched
+from tests.helpers.adapter_folders import tuned_lm as model
+from tests.helpers.adapters import content
 from tests.helpers.cli import TOKENS, invoke
 from tests.helpers.hub import TOKEN, local_hub
 
@@ -24,12 +25,6 @@ LOCAL = "/home/anna/Tiny-LM"
 def hub(tmp_path_factory, monkeypatch):
     with local_hub(monkeypatch, tmp_path_factory.mktemp("cache")) as hub:
         yield hub
-
-
-def model(base: str = ID, rank: int = RANK):
-    plain = tiny_lm.make_model()
-    plain.config._name_or_path = base
-    return patched(plain, rank, 1)
 
 
 def card(hub, repository: str = "me/sums", revision: str = "main") -> str:

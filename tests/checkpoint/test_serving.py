@@ -10,9 +10,10 @@ import pytest
 import rasa_ext
 from tests.helpers.adapter_folders import changes_in
 from tests.helpers.adapters import adapters, patched
-from tests.helpers.models import GPT2, LLAMA, TIED_LLAMA
+from tests.helpers.models import BERT, GPT2, LLAMA, TIED, TIED_LLAMA
 
 BASE = LLAMA.build()
+ROWS = "trainable_token_indices"
 INSTEAD = r"save what rasa_ext\.merge_and_unload"
 
 
@@ -23,12 +24,16 @@ INSTEAD = r"save what rasa_ext\.merge_and_unload"
         (LLAMA, {"modules_to_save": ["lm_head"]}, rf"modules_to_save \(lm_head\), .*{INSTEAD}"),
         (LLAMA, {"target_modules": ["q_proj", "o_proj"]}, "q_proj .* v_proj in 3 layers.*SGLang"),
         (TIED_LLAMA, {"target_modules": ["q_proj", "v_proj", "lm_head"]}, "lm_head .*llama.cpp"),
+        # PEFT ties weights only by the model's config, and its token wrappers drop a head's bias.
+        (TIED, {ROWS: [5]}, "PEFT does not use the trained rows of embed in readout"),
+        (BERT, {ROWS: {"classifier": [1]}}, "PEFT leaves out the bias of classifier"),
     ],
-    ids=["Conv1D", "modules_to_save", "q alone", "tied head"],
+    ids=["Conv1D", "modules_to_save", "q alone", "tied head", "tied rows", "biased rows"],
 )
+@pytest.mark.filterwarnings("ignore")
 def test_what_a_reader_refuses_is_warned_of(entry, options, warning, tmp_path):
     with pytest.warns(UserWarning, match=warning):
-        rasa_ext.export_lora(patched(entry.build(), **options), tmp_path)
+        rasa_ext.export_lora(patched(entry.build(), **options), tmp_path, allow_dropped=True)
 
 
 DROPPED = {
@@ -39,6 +44,7 @@ DROPPED = {
     ),
     "k, v without q": ({"target_modules": ["k_proj", "v_proj"]}, "k_proj .* q_proj .*SGLang"),
     "v without q": ({"target_modules": ["v_proj", "o_proj"]}, "v_proj .* q_proj .*SGLang"),
+    "rows": ({ROWS: [5, 30]}, r"SGLang .*trained rows of model\.embed_tokens"),
     "up without gate": ({"target_modules": ["up_proj"]}, "up_proj .* gate_proj .*SGLang"),
 }
 

@@ -83,30 +83,3 @@ def test_peft_computes_the_same(entry, given, tmp_path):
     found = entry.call(loaded, **entry.inputs(0)).log_softmax(-1)
     assert (found - expected).abs().max() < 1e-4 * far
     assert rasa_ext.export_size(model) == sum(t.nbytes for t in read(tmp_path)[1].values())
-
-
-def test_an_export_is_refused_unless_asked_for(tmp_path):
-    """SGLang silently ignores the rows, by its source."""
-    with pytest.raises(ValueError, match=r"^model: .*model\.embed_tokens.*allow_dropped=True"):
-        rasa_ext.export_lora(with_moved_rows(LLAMA), tmp_path)
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("form", ["gguf", "mlx"])
-def test_formats_of_pairs_alone(form, tmp_path):
-    with pytest.raises(ValueError, match=f"format: '{form}' .*trainable_token_indices"):
-        rasa_ext.export_lora(with_moved_rows(LLAMA), tmp_path, format=form)
-
-
-@pytest.mark.parametrize(
-    ("entry", "given", "said"),
-    [
-        (TIED, IDS, "PEFT does not use the trained rows of embed in readout"),
-        (BERT, {"classifier": [1]}, "PEFT leaves out the bias of classifier"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:SGLang")
-def test_what_peft_would_not_compute(entry, given, said, tmp_path):
-    """PEFT ties weights only by the model's config, and its token wrappers drop a head's bias."""
-    with pytest.warns(UserWarning, match=said):
-        rasa_ext.export_lora(with_moved_rows(entry, given), tmp_path, allow_dropped=True)

@@ -46,35 +46,25 @@ def base(folder: str) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
-FOLDER = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "folder", [*FOLDERS, *(pytest.param(each, marks=needs_experts) for each in EXPERTS)]
 )
-
-
-@FOLDER
 def test_an_adapter_is_read_and_written_again(folder, tmp_path):
     model = rasa_ext.load_adapter(base(folder), WRITTEN / folder)
     written = load_file(WRITTEN / folder / WEIGHTS)
     for name, owner in owners(model):
         for field, tensor in owner.own_tensors().items():
             assert same_bits(tensor, written[f"base_model.model.{name}.rasa_{field}"])
-    pools = {key for key in written if ".rasa_pool_" in key}
-    assert pools or folder == "lora"
-    rasa_ext.save_adapter(model, tmp_path)
-    again = load_file(tmp_path / WEIGHTS)
-    assert again.keys() == written.keys()
-    assert all(same_bits(again[key], written[key]) for key in written)
-
-
-@FOLDER
-def test_peft_reads_an_adapter_and_writes_it_again(folder, tmp_path):
+    assert any(".rasa_pool_" in key for key in written) or folder == "lora"
+    rasa_ext.save_adapter(model, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model = PeftModel.from_pretrained(base(folder), WRITTEN / folder)
-    model.save_pretrained(tmp_path)
-    written, again = (load_file(path / WEIGHTS) for path in (WRITTEN / folder, tmp_path))
-    assert again.keys() == written.keys()
-    assert all(same_bits(again[key], written[key]) for key in written)
+        peft = PeftModel.from_pretrained(base(folder), WRITTEN / folder)
+    peft.save_pretrained(tmp_path / "peft")
+    for name in ("ours", "peft"):
+        again = load_file(tmp_path / name / WEIGHTS)
+        assert again.keys() == written.keys()
+        assert all(same_bits(again[key], written[key]) for key in written)
 
 
 def test_a_whole_model_is_read(tmp_path):

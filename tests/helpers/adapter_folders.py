@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext.methods import AdapterConfig
-from tests.helpers.adapters import LargestTensor
+from tests.helpers import tiny_lm
+from tests.helpers.adapters import RANK, LargestTensor, patched
 from tests.helpers.models import LLAMA
 from tests.helpers.refusals import refused
 
 FORMS = ["adapter", "peft", "mlx"]
+
+
+def tuned_lm(base: str | None = "owner/Tiny-LM", rank: int = RANK, **options) -> nn.Module:
+    """Return a patched tiny Llama with random adapters, over a base of this name."""
+    plain = tiny_lm.make_model()
+    plain.config._name_or_path = base
+    return patched(plain, rank, 1, **options)
 
 
 def write(form: str, adapted, directory: Path, **options) -> None:

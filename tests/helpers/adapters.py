@@ -204,8 +204,9 @@ def same_adapters(left: nn.Module, right: nn.Module) -> bool:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Return the bytes of every file in a directory, including hidden files."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """Return the bytes of every file below a directory, including hidden files."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 class PlainRasa(nn.Module):
