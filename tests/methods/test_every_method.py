@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import rasa_ext
-from rasa_ext import methods, ops
+from rasa_ext import ops
 from tests.helpers.methods import (
     CASES,
     KNOWN,
@@ -146,11 +146,6 @@ def test_a_write_to_any_source_is_seen_and_packs_once(name, monkeypatch):
     monkeypatch.setattr(ops, "pack", lambda *given: made.append(given))
     model(x)
     assert not made
-
-
-def test_a_config_reads_what_it_wrote(name):
-    config = next(iter(rasa_linears(case(name)).values())).config
-    assert methods.read_method(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_summary_counts_what_is_trained(name):

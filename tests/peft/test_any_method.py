@@ -161,22 +161,3 @@ def test_the_fields_of_a_config():
         RasaConfig(rasa_method="vera", rasa_d_initia=0.5)
     with pytest.warns(UserWarning, match="rasa_newer ignored"):
         assert peft.get_peft_config({**settings, "rasa_newer": 1}) == config
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or .*got 'elora'; upgrade ras"),
-        ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
-        ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
-        ({"rasa_method": "lora", "rasa_options": {"gates": "pool"}}, "^rasa_options: .*gates"),
-        ({"rasa_method": "lora", "rasa_options": {"rank": 4}}, "^rasa_options: .*got 'rank'"),
-        ({"rasa_method": "lora", "rasa_options": ["rslora"]}, "^rasa_options: expected a dict"),
-        ({"rasa_rslora": "yes", "rasa_method": "lora"}, "^rasa_options: rslora"),
-        ({"rank_pattern": {"q_proj": 8, "w_q": 2}}, "w_q"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-    ],
-)
-def test_bad_input(options, named):
-    with pytest.raises((ValueError, TypeError), match=named):
-        peft.get_peft_model(make_model(), RasaConfig(r=4, **options))

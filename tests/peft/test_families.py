@@ -1,4 +1,4 @@
-"""Save and load models in which two parts have layers of the same name.
+"""Save and load models of many kinds, most with two parts that have layers of the same name.
 
 The parts are an encoder and a decoder, or two towers. Each part has its own pools, which the
 official format cannot express, so the files here use our format.
@@ -9,11 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM, PeftModel
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    PeftModel,
+)
 from torch import Tensor, nn
 
 import rasa_ext
 from tests.helpers.adapters import same_bits
+from tests.helpers.models import GPT2, T5
 from tests.helpers.peft import adapted, trained
 
 SMALL = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "decoder_start_token_id": 1}
@@ -72,6 +78,8 @@ FAMILIES = {
     "whisper": (whisper, SPOKEN, None, AutoPeftModel),
     "bart": (bart, PAIR, "SEQ_2_SEQ_LM", AutoPeftModelForSeq2SeqLM),
     "marian": (marian, PAIR, "SEQ_2_SEQ_LM", AutoPeftModelForSeq2SeqLM),
+    "gpt2": (GPT2.build, GPT2.inputs(0), "CAUSAL_LM", AutoPeftModelForCausalLM),
+    "t5": (T5.build, T5.inputs(0), "SEQ_2_SEQ_LM", AutoPeftModelForSeq2SeqLM),
     "clip": (clip, {"input_ids": TOKENS, "pixel_values": PIXELS}, None, AutoPeftModel),
     "llava": (llava, {"input_ids": WITH_IMAGE, "pixel_values": PIXELS}, None, AutoPeftModel),
 }
@@ -105,7 +113,10 @@ def test_saved_loaded_and_trained_on(family, tmp_path):
     assert torch.equal(output(loaded, inputs), expected)
     ours = rasa_ext.load_adapter(base(), tmp_path / "adapter")
     assert torch.equal(output(ours, inputs), expected)
-    assert torch.equal(output(auto.from_pretrained(tmp_path / "adapter"), inputs), expected)
+    rasa_ext.save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(base(), tmp_path / "ours")
+    for each in (again, auto.from_pretrained(tmp_path / "adapter")):
+        assert torch.equal(output(each, inputs), expected)
 
     resumed = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
     assert len(trained(resumed)) == len(trained(model))

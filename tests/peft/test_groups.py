@@ -62,18 +62,6 @@ def test_two_adapters_of_other_groups():
     assert isinstance(model.peft_config["other"].rasa_groups, dict)
 
 
-@pytest.mark.parametrize(
-    ("groups", "error", "said"),
-    [
-        ("to_q", TypeError, "^rasa_groups: expected a sequence of patterns"),
-        (["attn3.to_q"], ValueError, "^rasa_groups: .* none ends in 'attn3.to_q'"),
-    ],
-)
-def test_bad_groups(groups, error, said):
-    with pytest.raises(error, match=said):
-        get_peft_model(Unet(), RasaConfig(r=2, target_modules=["to_q"], rasa_groups=groups))
-
-
 def test_the_warning_names_the_users_line():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

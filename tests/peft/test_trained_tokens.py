@@ -11,10 +11,9 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
-from rasa_ext.peft.lora import export_lora
 from rasa_ext.peft.tokens import token_layers
 from tests.helpers.adapters import same_bits
-from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, ids
+from tests.helpers.models import BERT, GPT2, LLAMA, T5, ids
 from tests.helpers.peft import add_noise
 from tests.helpers.trained_tokens import IDS, TABLES
 
@@ -116,52 +115,6 @@ def test_no_safe_merge_of_what_is_not_finite():
     with pytest.raises(ValueError, match="rows of the adapter 'default' hold values that are not"):
         model.merge_adapter(safe_merge=True)
     assert all(t.equal(before[k]) for k, t in model.state_dict().items() if "delta" not in k)
-
-
-@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
-@pytest.mark.filterwarnings("ignore:SGLang", "ignore:the model has Conv1D")
-def test_an_exported_lora_has_the_rows(entry, tmp_path):
-    model, inputs = tuned(entry), entry.inputs(0)
-    with pytest.raises(ValueError, match=r"SGLang .*trained rows"):
-        export_lora(model, tmp_path)
-    export_lora(model, tmp_path, allow_dropped=True)
-    loaded = PeftModel.from_pretrained(entry.build(), tmp_path).eval()
-    expected = entry.call(model, **inputs)
-    torch.testing.assert_close(entry.call(loaded, **inputs), expected, rtol=1e-4, atol=1e-4)
-
-
-class Biased(nn.Module):
-    """A model with an embedding and a head with a bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.body = nn.Embedding(8, 4), nn.Linear(4, 4)
-        self.readout = nn.Linear(4, 8)
-
-    def forward(self, x):
-        return self.readout(self.body(self.embed(x)))
-
-
-HEAD = {"target_modules": ["c_attn", "lm_head"]}
-BAD = {
-    "too large": (LLAMA.build, [32], {}, "below 32"),
-    "no such": (LLAMA.build, {"wte": [1]}, {}, "no name ends in 'wte'"),
-    "saved": (LLAMA.build, [1], {"modules_to_save": ["embed_tokens"]}, "trained in full"),
-    "adapted": (GPT2.build, [1], HEAD, "target_modules also adapts 'lm_head'"),
-    "a tie that PEFT does not see": (TIED.build, [1], {}, "which PEFT does not know"),
-    "bias": (Biased, {"readout": [1]}, {"target_modules": ["body"]}, "which PEFT leaves out"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.filterwarnings("ignore")
-def test_bad_input(case):
-    make, given, options, message = BAD[case]
-    model = make()
-    names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match=f"trainable_token_indices: .*{message}"):
-        get_peft_model(model, RasaConfig(r=2, trainable_token_indices=given, **options))
-    assert names == [name for name, _ in model.named_modules()]
 
 
 def test_a_tied_head_may_be_named():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
@@ -95,12 +94,8 @@ def test_a_resumed_run_has_identical_losses(side, reentrant, dropout, tmp_path):
     checkpoint = str(tmp_path / "checkpoint-3")
     assert train(resumed, tmp_path / "again", reentrant, resume=checkpoint, **saving) == losses
     assert torch.equal(side.logits(resumed), side.logits(whole))
-    left, right = (
-        load_file(place / "checkpoint-6" / "adapter_model.safetensors")
-        for place in (tmp_path, tmp_path / "again")
-    )
-    assert left.keys() == right.keys()
-    assert all(same_bits(left[key], right[key]) for key in left)
+    name = "checkpoint-6/adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     for load in (PeftModel.from_pretrained, rasa_ext.load_adapter):
         again = load(side.base(**wide(side)), tmp_path / "checkpoint-6")
         assert torch.equal(side.logits(again), side.logits(whole))
