@@ -59,23 +59,25 @@ def test_the_newest_is_taken(run):
 
 
 @pytest.mark.parametrize("damage", [cut, rot, Path.unlink])
-@pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
-)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"])
 def test_a_damaged_newest_is_named_and_the_one_before_taken(name, damage, run):
     damage(run / "checkpoint-10" / name)
-    chosen, text = found(run)
-    if (name, damage) == ("rng_state.pth", Path.unlink):  # Trainer does not need this file
-        assert chosen == run / "checkpoint-10"
-        return
-    assert chosen == run / "checkpoint-9"
-    assert text == (f"{run / 'checkpoint-10'} is damaged.\nResuming from {run / 'checkpoint-9'}.\n")
+    last, before = run / "checkpoint-10", run / "checkpoint-9"
+    assert found(run) == (before, f"{last} is damaged.\nResuming from {before}.\n")
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_config.json", "run.json"])
-def test_settings_that_do_not_parse(name, run):
+@pytest.mark.parametrize(
+    "name", ["rng_state.pth", "trainer_state.json", "adapter_config.json", "run.json"]
+)
+def test_small_files_that_are_cut(name, run):
     cut(run / "checkpoint-10" / name)
     assert found(run)[0] == run / "checkpoint-9"
+
+
+def test_random_states_may_be_missing(run):
+    """Trainer does not need them."""
+    (run / "checkpoint-10" / "rng_state.pth").unlink()
+    assert found(run)[0] == run / "checkpoint-10"
 
 
 def test_none_is_whole(run):

@@ -27,6 +27,7 @@ from tests.helpers.methods import randomize
 from tests.helpers.outside import VeraConfig
 from tests.helpers.tiny_lm import make_model, save_base
 
+ROOT = Path(__file__).parents[2]
 LONG = "a_module_with_a_name_that_no_terminal_has_room_for" * 2
 
 
@@ -41,36 +42,35 @@ def offline(monkeypatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
-@pytest.mark.parametrize("name", ["adaptr", "some/adapter", "/nowhere/adapter", "./adapter"])
+@pytest.mark.parametrize("name", ["adaptr", "some/adapter", "/nowhere/adapter", "empty"])
 @pytest.mark.parametrize("words", [[], ["--spectrum"]])
 def test_a_typo_is_no_hub_name(name, words, offline, tmp_path, monkeypatch):
-    rasa_ext.save_adapter(patched(make_model(), 4, 1), tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
-    if name == "./adapter":
-        assert "R" in invoke("inspect", name, *words)
-        return
+    (tmp_path / "empty").mkdir()
     text = invoke("inspect", name, *words, code=1)
-    assert f"expected an adapter's directory, but {name} does not exist" in text
+    said = "holds no adapter_config.json" if name == "empty" else "does not exist"
+    assert f"expected an adapter's directory, but {name} {said}" in text
     assert "To look at a model of the hub, pass --model." in text
 
 
-def test_a_folder_without_an_adapter(tmp_path):
-    empty = tmp_path / "empty"  # no neighbour has a similar name
-    empty.mkdir()
-    text = invoke("inspect", empty, code=1)
-    assert f"but {empty} holds no adapter_config.json." in text
-
-
 def test_it_says_what_it_is(tmp_path):
-    """A LoRA's layers are grouped like RaSA's."""
+    """It needs no base. A LoRA's layers are grouped like RaSA's."""
     model = patched(load(save_base(tmp_path / "base")), 4, 1)
     rasa_ext.save_adapter(model, tmp_path / "adapter")
     rasa_ext.export_lora(model, tmp_path / "lora")
+    (tmp_path / "base").rename(tmp_path / "gone")
     ours, lora = invoke("inspect", tmp_path / "adapter"), invoke("inspect", tmp_path / "lora")
     assert ours.startswith(f"An adapter of the method RaSA for {tmp_path / 'base'}.")
     assert lora.startswith(f"An adapter of the method LoRA for {tmp_path / 'base'}.")
-    assert "model.layers.*.mlp.up_proj 2 48 x 32 3 2 5 " in " ".join(ours.split())
-    assert "model.layers.*.mlp.up_proj 2 48 x 32 5 0 5 " in " ".join(lora.split())
+    assert "peft_type RASA" in ours
+    assert "rasa_k 1" in ours
+    # L, out x in, private, pooled, R, parameters: 2 layers, each with 3 + 1 ranks and a d of 5
+    assert "model.layers.*.self_attn.q_proj 2 32 x 32 3 2 5 522" in ours
+    assert "model.layers.*.mlp.up_proj 2 48 x 32 5 0 5 " in lora
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert f"{sum(t.numel() for t in stored.values()):,} parameters" in ours
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert f"{size:,} bytes" in ours
     assert "other tensors" not in ours + lora
 
 
@@ -89,21 +89,23 @@ def test_a_pipe_gets_names_and_paths_whole(tmp_path):
     model = nn.ModuleDict({LONG: nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])})
     rasa_ext.save_adapter(patched(model, 2, 1), directory)
     code = "from rasa_ext.commands import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "inspect", str(directory), "--spectrum"],
-        capture_output=True, text=True, check=True, env={"COLUMNS": "40", "PATH": ""},
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    run = [sys.executable, "-c", code, "inspect", str(directory), "--spectrum"]
+    piped = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
+    done = subprocess.run(run, env={"COLUMNS": "40", "PATH": ""}, **piped)
     assert f"{LONG}.*" in done.stdout
     assert "\u2026" not in done.stdout
     assert len(done.stdout.splitlines()) == 3
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda t: t[:-1].clone(), lambda t: t[None], lambda t: t.flatten()[0].clone(), lambda t: None],
-    ids=["cut", "nested", "scalar", "missing"],
-)
+DAMAGES = {
+    "cut": lambda t: t[:-1].clone(),
+    "nested": lambda t: t[None],
+    "scalar": lambda t: t.flatten()[0].clone(),
+    "missing": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("field", ["A", "B", "d", "pool_A"])
 def test_tensors_that_do_not_fit_are_told(field, damage, tmp_path):
     rasa_ext.save_adapter(patched(make_model(), 4, 1), tmp_path)
@@ -181,9 +183,7 @@ def test_a_warning_is_a_sentence(tmp_path):
     code = "from rasa_ext.commands import main; main()"
     words = ["inspect", "--model", str(base), "--target-modules", "layers.0.self_attn.q_proj"]
     run = [sys.executable, "-c", code, *words]
-    done = subprocess.run(
-        run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
     (told,) = done.stderr.splitlines()  # other libraries print nothing
     assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only adap")
     assert "patch_model(" not in told  # no source line

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 from trl import SFTConfig
 
 from rasa_ext.commands import data
@@ -51,10 +52,13 @@ def prepared(*args, **options):
     return trainer(*args, **options).train_dataset
 
 
-def text_of(row, tokenizer) -> list[tuple[bool, str]]:
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (IGNORE, token)
-    return marked(row, tokenizer)
+def bracketed(rows, tokenizer) -> list[str]:
+    """Return the rows' texts, with what is trained in brackets."""
+    for row in rows:
+        for token, label in zip(row["input_ids"], row["labels"], strict=True):
+            assert label in (IGNORE, token)
+    parts = (marked(row, tokenizer) for row in rows)
+    return ["".join(f"[{text}]" if trained else text for trained, text in row) for row in parts]
 
 
 def messages(*turns: dict) -> dict:
@@ -65,60 +69,46 @@ def pair(prompt: str, completion: str) -> dict:
     return {"prompt": prompt, "completion": completion}
 
 
-def test_without_a_template_both_texts_are_joined_as_they_stand(tmp_path):
-    example = pair("what is 2 plus 2?\n", "the answer is 4")
-    expected = [(False, "what is 2 plus 2?\n"), (True, "the answer is 4<|end|>")]
-    tokenizer = make_tokenizer()
-    (row,) = prepared([example], tokenizer, tmp_path, template=False)
-    assert text_of(row, tokenizer) == expected
-    tokenizer = make_tokenizer(chat_template=None)
-    (row,) = prepared([example], tokenizer, tmp_path)
-    assert text_of(row, tokenizer) == expected
+ASKED = "<|im_start|>user\nwhat is 2 plus 2?<|im_end|>\n<|im_start|>assistant\n"
+AGAIN_ASKED = "<|im_start|>user\nplus 2?<|im_end|>\n<|im_start|>assistant\n"
+IN_ONE_ROW = f"{ASKED}[4<|im_end|>]{AGAIN_ASKED}[the answer\nis 6<|im_end|>]"
+TURNS = messages(USER, FOUR, AGAIN, SIX)
+ROWS = {
+    "one answer": (CHATML, pair("what is 2 plus 2?", "4"), [f"{ASKED}[4<|im_end|>\n]"]),
+    "no template": (None, pair("2 plus 2?\n", "it is 4"), ["2 plus 2?\n[it is 4<|end|>]"]),
+    # What follows the last answer is left out.
+    "a turn more": (CHATML, messages(USER, FOUR, AGAIN), [f"{ASKED}[4<|im_end|>\n]"]),
+    "marked turns": (MARKED, TURNS, [IN_ONE_ROW.replace("<|im_end|>\n", "<|im_end|>")]),
+    "turns that no template marks": (
+        CHATML,
+        TURNS,
+        [
+            f"{ASKED}[4<|im_end|>\n]",
+            f"{ASKED}4<|im_end|>\n{AGAIN_ASKED}[the answer\nis 6<|im_end|>\n]",
+        ],
+    ),
+    "turns and no template": (
+        None,
+        TURNS,
+        [
+            "user: what is 2 plus 2?\nassistant:[ 4<|end|>]\nuser: plus 2?\n"
+            "assistant:[ the answer\nis 6<|end|>]\n"
+        ],
+    ),
+}
+"""Chat template, example, and its rows, with what is trained in brackets."""
 
 
-def test_prompt_and_completion_go_through_the_model_s_template(tmp_path):
-    tokenizer = make_tokenizer()
-    (row,) = prepared([pair("what is 2?", "4")], tokenizer, tmp_path)
-    assert text_of(row, tokenizer) == [
-        (False, "<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n"),
-        (True, "4<|im_end|>\n"),
-    ]
+@pytest.mark.parametrize(("template", "example", "rows"), ROWS.values(), ids=ROWS)
+def test_what_is_trained(template, example, rows, tmp_path):
+    tokenizer = make_tokenizer(template)
+    assert bracketed(prepared([example], tokenizer, tmp_path), tokenizer) == rows
 
 
-def test_only_the_assistant_s_last_turn_is_trained_and_what_follows_is_left_out(tmp_path):
-    tokenizer = make_tokenizer()
-    (row,) = prepared([messages(USER, FOUR, AGAIN)], tokenizer, tmp_path)
-    assert [text for trained, text in text_of(row, tokenizer) if trained] == ["4<|im_end|>\n"]
-    whole = tokenizer.apply_chat_template([USER, FOUR], tokenize=False)
-    assert tokenizer.decode(row["input_ids"]) == whole
-
-
-def test_turns_that_the_template_marks_are_all_learnt_in_one_row(tmp_path):
-    tokenizer = make_tokenizer(MARKED)
-    (row,) = prepared([messages(USER, FOUR, AGAIN, SIX)], tokenizer, tmp_path)
-    learnt = [text for trained, text in text_of(row, tokenizer) if trained]
-    assert learnt == ["4<|im_end|>", "the answer\nis 6<|im_end|>"]
-
-
-def test_turns_that_it_does_not_mark_become_a_row_each(tmp_path):
-    tokenizer = make_tokenizer()
-    rows = prepared([messages(USER, FOUR, AGAIN, SIX), messages(USER, SIX)], tokenizer, tmp_path)
-    learnt = [text for row in rows for trained, text in text_of(row, tokenizer) if trained]
-    ends = ["4<|im_end|>\n", *["the answer\nis 6<|im_end|>\n"] * 2]
-    assert learnt == ends
-    second = tokenizer.decode(rows[1]["input_ids"])
-    assert second == tokenizer.apply_chat_template([USER, FOUR, AGAIN, SIX], tokenize=False)
-
-
-def test_without_a_chat_template_roles_are_spelt_out(tmp_path):
-    tokenizer = make_tokenizer(chat_template=None)
-    (row,) = prepared([messages(USER, FOUR, AGAIN, SIX)], tokenizer, tmp_path)
-    assert tokenizer.decode(row["input_ids"]) == (
-        "user: what is 2 plus 2?\nassistant: 4<|end|>\nuser: plus 2?\n"
-        "assistant: the answer\nis 6<|end|>\n"
-    )
-    learnt = [text for trained, text in text_of(row, tokenizer) if trained]
-    assert learnt == [" 4<|end|>", " the answer\nis 6<|end|>"]
+def test_without_the_template_both_texts_are_joined_as_they_stand(tmp_path):
+    tokenizer, example = make_tokenizer(), pair("2 plus 2?\n", "it is 4")
+    rows = prepared([example], tokenizer, tmp_path, template=False)
+    assert bracketed(rows, tokenizer) == ["2 plus 2?\n[it is 4<|end|>]"]
 
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -176,11 +166,11 @@ def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path)
     assert len(rows) == 1
     assert rows[0]["input_ids"] == whole["input_ids"][:cut]
     assert rows[0]["labels"] == whole["labels"][:cut]
-    learnt = sum(label != IGNORE for label in whole["labels"][:cut])
+    count = sum(label != IGNORE for label in whole["labels"][:cut])
     text = said(rows, 2, cut, tmp_path)
-    assert f"2 examples, {learnt} tokens to learn" in text
-    assert f"--seq-len {cut}: 1 examples have no completion token within this length" in text
-    assert "left out; 1 more reach it and may be cut" in text
+    assert f"2 examples, {count} tokens to learn" in text
+    assert f"--seq-len {cut}: 1 examples have no completion token" in text
+    assert "1 more reach it and may be cut" in text
     rows = prepared(examples[1:], tokenizer, tmp_path, template=False, max_length=5)
     with pytest.raises(DataError, match=r"seq_len: none of the 1 examples .* within 5 tokens"):
         said(rows, 1, 5, tmp_path)
@@ -203,15 +193,12 @@ def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path
         made = trainer(sums(7), make_tokenizer(), tmp_path, per_device_eval_batch_size=size)
         losses.append(made.evaluate(made.train_dataset)["eval_loss"])
     terms, model = [], make_model()
-    with torch.no_grad():
-        for row in made.train_dataset:
-            logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
-            terms += [
-                -logits[i].log_softmax(-1)[label].item()
-                for i, label in enumerate(row["labels"][1:])
-                if label != IGNORE
-            ]
-    assert losses == pytest.approx([sum(terms) / len(terms)] * 2, rel=1e-5)
+    for row in made.train_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        logits = model(ids).logits[0, :-1].double()
+        trained = labels != IGNORE
+        terms.append(cross_entropy(logits[trained], labels[trained], reduction="none"))
+    assert losses == pytest.approx([torch.cat(terms).mean().item()] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulated", [None, 20])
@@ -269,18 +256,9 @@ def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line):
     with pytest.raises(DataError) as caught:
         read_examples(str(path))
     text = str(caught.value)
-    assert text.startswith(
-        f"{path}, line 3: expected an object with the strings 'prompt' and 'completion', the last "
-        "not empty (--prompt-field and --completion-field set other names), with 'messages'"
-    )
+    assert text.startswith(f"{path}, line 3: expected an object with the strings 'prompt' and")
+    assert "(--prompt-field and --completion-field set other names)" in text
     assert text.endswith(f", got {line}." if len(line) <= 100 else "....")
-
-
-def test_bytes_that_are_not_utf8(tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(GOOD.encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"line 2: expected an object"):
-        read_examples(str(path))
 
 
 def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
@@ -289,37 +267,31 @@ def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
     assert read_examples(str(path)) == [pair("a", "b")] * 2
 
 
-def test_files_that_are_not_there_or_empty(tmp_path):
-    with pytest.raises(DataError, match=r"data: expected a file .*missing\.jsonl does not exist"):
-        read_examples(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(DataError, match="got an empty file"):
-        read_examples(str(write_jsonl(tmp_path / "empty.jsonl", [])))
-    with pytest.raises(DataError, match="is a directory"):
-        read_examples(str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing.jsonl", r"data: expected a file .*missing\.jsonl does not exist"),
+        ("", "is a directory"),
+        ("some/set", "'some/set' is neither a file nor a hub data set that can be loaded"),
+    ],
+)
+def test_names_of_no_data(name, said, tmp_path):
+    with pytest.raises(DataError, match=said):
+        read_examples(name if "/" in name else str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
-    ("row", "fields", "prompt"),
+    ("row", "prompt"),
     [
-        ({"question": "2 + 2?", "answer": "4"}, ("question", "answer"), "2 + 2?"),
-        (
-            {"instruction": "Add.", "input": "2, 2", "output": "4"},
-            ("instruction, input", "output"),
-            "Add.\n\n2, 2",
-        ),
-        (
-            {"instruction": "Add 2 and 2.", "input": "", "output": "4"},
-            ("instruction,input", "output"),
-            "Add 2 and 2.",
-        ),
+        ({"asked": "Add.", "given": "2, 2"}, "Add.\n\n2, 2"),
+        ({"asked": "Add 2 and 2.", "given": ""}, "Add 2 and 2."),
     ],
 )
-def test_fields_of_other_names(row, fields, prompt, tmp_path):
-    path = write_jsonl(tmp_path / "data.jsonl", [row])
-    assert read_examples(str(path), *fields) == [pair(prompt, "4")]
-
-
-QUESTIONS = [pair("what, 1?", "007"), pair("two\nlines", "NA")]
+@pytest.mark.parametrize("comma", [", ", ","])
+def test_fields_of_other_names(row, prompt, comma, tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [{**row, "answer": "4"}])
+    assert read_examples(str(path), f"asked{comma}given", "answer") == [pair(prompt, "4")]
+    assert read_examples(str(path), "asked", "answer") == [pair(row["asked"], "4")]
 
 
 def write_data(path: Path, rows: list[dict]) -> Path:
@@ -340,7 +312,8 @@ def write_data(path: Path, rows: list[dict]) -> Path:
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
 def test_files_of_other_formats_have_the_same_rows(suffix, tmp_path):
     """Numbers in a CSV stay text."""
-    assert read_examples(str(write_data(tmp_path / f"d.{suffix}", QUESTIONS))) == QUESTIONS
+    rows = [pair("what, 1?", "007"), pair("two\nlines", "NA")]
+    assert read_examples(str(write_data(tmp_path / f"d.{suffix}", rows))) == rows
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "json"])
@@ -358,11 +331,9 @@ def test_plain_text_is_learnt_whole_without_a_template(suffix, tmp_path):
     examples = read_examples(str(write_data(tmp_path / f"d.{suffix}", rows)))
     assert examples == rows
     tokenizer, text = make_tokenizer(), io.StringIO()
-    learnt = prepared(examples, tokenizer, tmp_path)
-    assert [text_of(row, tokenizer) for row in learnt] == [
-        [(True, f"{row['text']}<|end|>")] for row in rows
-    ]
-    show_example(learnt[0], tokenizer, Console(file=text, width=200), plain=True)
+    made = prepared(examples, tokenizer, tmp_path)
+    assert bracketed(made, tokenizer) == [f"[{row['text']}<|end|>]" for row in rows]
+    show_example(made[0], tokenizer, Console(file=text, width=200), plain=True)
     assert "first example, plain text without a chat template; trained text" in text.getvalue()
     assert f"{OPEN}  what is 2, 3?<|end|>{CLOSE}" in text.getvalue()
 
@@ -386,16 +357,12 @@ def test_plain_text_stays_apart_from_questions_and_answers():
         ("d.csv", "prompt,completion\n", "expected at least one example"),
         ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
         ("d.txt", "\n \n", "expected at least one example"),
+        ("d.jsonl", "", "got an empty file"),
+        ("d.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}\n', "line 2: expected an object"),
     ],
 )
 def test_files_that_do_not_parse(name, content, message, tmp_path):
-    (tmp_path / name).write_text(content)
+    data = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_examples(str(tmp_path / name))
-
-
-def test_a_name_that_is_no_file_and_no_data_set_says_so():
-    with pytest.raises(
-        DataError, match=r"'some/set' is neither a file nor a hub data set that can be loaded"
-    ):
-        read_examples("some/set")

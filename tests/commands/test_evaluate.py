@@ -39,7 +39,7 @@ def test_what_is_made_of_an_adapter_without_a_template_says_so(command, folder, 
     assert ["trained without a chat template" in text for text in texts] == [False, True]
 
 
-@pytest.mark.parametrize("record", ["- a\n- list\n", "{", "5", "\xff"])
+@pytest.mark.parametrize("record", ["- a\n- list\n", "{", "\xff"])
 @pytest.mark.parametrize("command", ["merge", "export-lora", "generate", "evaluate"])
 def test_a_damaged_record_is_told_before_any_work(command, record, folder, tmp_path):
     shutil.copytree(folder / "one", tmp_path / "one")
@@ -74,24 +74,17 @@ def summary(folder: Path, name: str) -> dict:
 
 
 def test_losses_are_those_of_finetune_whatever_the_form(folder, monkeypatch):
-    loaded = []
-    load_model = measuring.load_model
-    monkeypatch.setattr(
-        measuring, "load_model", lambda name, dtype: loaded.append(name) or load_model(name, dtype)
-    )
+    loaded, load = [], measuring.load_model
+    noted = lambda name, dtype: loaded.append(name) or load(name, dtype)  # noqa: E731
+    monkeypatch.setattr(measuring, "load_model", noted)
     names = ["one", "lora", "two", "base", "merged"]
-    paths = [folder / name for name in names]
-    data = folder / "test.jsonl"
-    text = invoke("evaluate", *paths, "--data", data, "--no-answers", "--batch-size", 3)
+    words = [*(folder / name for name in names), "--data", folder / "test.jsonl"]
+    text = invoke("evaluate", *words, "--no-answers", "--batch-size", 3)
     found = {name: float(text.split(f"{folder / name} ")[-1].split()[0]) for name in names}
     one, two = summary(folder, "one"), summary(folder, "two")
-    assert found == {
-        "one": pytest.approx(one["eval_loss"], abs=1e-4),
-        "lora": pytest.approx(one["eval_loss"], abs=1e-4),
-        "two": pytest.approx(two["eval_loss"], abs=1e-4),  # its record says no template
-        "base": pytest.approx(one["eval_loss_before"], abs=1e-4),
-        "merged": pytest.approx(one["eval_loss"], abs=1e-4),
-    }
+    expected = dict.fromkeys(("one", "lora", "merged"), one["eval_loss"])
+    expected |= {"two": two["eval_loss"], "base": one["eval_loss_before"]}  # two: no template
+    assert found == pytest.approx(expected, abs=1e-4)
     assert loaded == [str(folder / "base"), str(folder / "merged")]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,11 +16,10 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import rasa_ext
 from rasa_ext.commands import training
 from rasa_ext.commands.models import load_tokenizer
 from rasa_ext.commands.results import plot_loss
-from rasa_ext.writing import WriteError
+from tests.helpers.adapters import same_adapters
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
 from tests.helpers.finetuning import (
@@ -44,8 +43,6 @@ def test_a_run_learns_and_leaves_its_files(options, files):
         options, max_steps=20, eval_data=str(files / "test.jsonl"), eval_steps=10, lr=1e-2
     )
     output = Path(options.output)
-    for name in ("tokenizer.json", "loss.png", "summary.json", "finetune.yaml"):
-        assert (output / name).stat().st_size > 0
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     rows = read_metrics(output / "metrics.jsonl")
@@ -53,15 +50,11 @@ def test_a_run_learns_and_leaves_its_files(options, files):
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 10, 20]
     steps = [row for row in rows if "loss" in row]
     assert all(row["tokens_per_s"] > 0 for row in steps)
-    rates = [row["lr"] for row in steps]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] == 1e-2  # the warm-up is shorter than a step
-    assert rates[-1] == pytest.approx(1e-2 / 20)
+    assert steps[0]["lr"] == 1e-2  # the warm-up is shorter than a step
     held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert held_out[-1] < held_out[0] - 0.5
     assert ">>>0<|im_end|>" in text  # the first sum's answer
-    for step in (0, 10, 20):
-        assert f"step {step}: held-out loss" in text
+    assert "step 10: held-out loss" in text
     assert re.search(r"step 20/20  loss \d.* tokens/s  0:\d\d:\d\d elapsed, 0:00:00 left", text)
 
     summary = json.loads((output / "summary.json").read_text())
@@ -71,11 +64,6 @@ def test_a_run_learns_and_leaves_its_files(options, files):
     assert summary["last_loss"] == pytest.approx((steps[18]["loss"] + steps[19]["loss"]) / 2)
     assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in steps))
     assert (result["step"], result["total_steps"], result["interrupted"]) == (20, 20, False)
-
-    model = make_model()
-    rasa_ext.load_adapter(model, output)
-    trained = [p.abs().max().item() for n, p in model.named_parameters() if n.endswith(".B")]
-    assert min(trained) > 0
 
 
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
@@ -93,18 +81,15 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
     assert moments == 2 * result["trainable"]
 
 
-@pytest.mark.parametrize("stop_at", [4, 6])  # within and at the end of the first epoch
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(options, files, tmp_path, stop_at):
+def test_a_run_stopped_between_epochs_resumes_with_evaluations(options, files, tmp_path):
     evaluated = {"eval_data": str(files / "test.jsonl"), "eval_steps": 2}
     whole = dataclasses.replace(options, output=str(tmp_path / "whole"), **evaluated)
     run(whole)
-
-    stopped, text = interrupted(stop_at, options, **evaluated)
+    stopped, text = interrupted(6, options, **evaluated)  # the end of the first epoch
     assert "Stopping after this step" in text
-    assert (stopped["interrupted"], stopped["step"]) == (True, stop_at)
-    assert losses(options.output) == losses(whole.output)[:stop_at]
-    assert read_metrics(Path(options.output) / "metrics.jsonl")[-1]["step"] == stop_at
-
+    assert (stopped["interrupted"], stopped["step"]) == (True, 6)
+    assert losses(options.output) == losses(whole.output)[:6]
+    assert read_metrics(Path(options.output) / "metrics.jsonl")[-1]["step"] == 6
     resumed, _ = run(options, resume=True, **evaluated)
     assert (resumed["interrupted"], resumed["step"]) == (False, 9)
     assert_same_runs(options.output, whole.output)
@@ -165,9 +150,8 @@ def test_other_arguments_of_trl(options):
     text = "max_grad_norm: 0.5, adam_beta1: 0.8"
     more = {"lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.25, "save_steps": 3}
     run(options, training_arguments=text, warmup=0.5, max_steps=4, **more)
-    assert [rate for _, _, rate, _ in losses(options.output)] == pytest.approx(
-        [0, 1.5e-3, 3e-3, 3e-3]
-    )
+    rates = [rate for _, _, rate, _ in losses(options.output)]
+    assert rates == pytest.approx([0, 1.5e-3, 3e-3, 3e-3])
     assert text in (Path(options.output) / "README.md").read_text()
     (_, third), _ = checkpoints_in(Path(options.output))
     assert third.name == "checkpoint-3"
@@ -190,14 +174,10 @@ def test_other_optimizers(optim, eps, options):
 def test_packing_splits_plain_text_and_leaves_nothing_out(options, tmp_path):
     (tmp_path / "d.txt").write_text(f"{'what is the answer? ' * 50}\nit is 4\n")
     plain = {"data": str(tmp_path / "d.txt"), "max_steps": 1}
-    whole, split = (
-        re.search(r"2 examples(?: in \d+ rows)?, ([\d,]+) tokens to learn", text)[1]
-        for text in (
-            run(options, **plain)[1],
-            run(options, **plain, packing=True, seq_len=32, overwrite=True)[1],
-        )
-    )
-    assert split == whole
+    count = re.compile(r"2 examples(?: in \d+ rows)?, ([\d,]+) tokens to learn")
+    whole = run(options, **plain)[1]
+    split = run(options, **plain, packing=True, seq_len=32, overwrite=True)[1]
+    assert count.search(split)[1] == count.search(whole)[1]
 
 
 def test_target_modules_and_dtype(options):
@@ -206,12 +186,6 @@ def test_target_modules_and_dtype(options):
     assert {name.split(".")[-2] for name in stored} == {"q_proj", "v_proj"}
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
     assert "(2 groups, effective rank 5)" in text
-
-
-def test_regex_targets(options):
-    run(options, target_modules=r"regex:.*layers\.[01]\.mlp\.(up|down)_proj", max_steps=1)
-    stored = load_file(Path(options.output) / "adapter_model.safetensors")
-    assert {name.split(".")[-2] for name in stored} == {"up_proj", "down_proj"}
 
 
 def test_epochs_make_as_many_steps_as_trainer_counts(options):
@@ -239,55 +213,52 @@ def test_float16_without_a_gpu_is_refused(options):
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps: "),
         ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
-        ({"dropout": 1.0}, "dropout: expected a number in [0, 1)"),
-        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
         ({"k": 9}, "k: expected 0 <= k <= rank"),
-        ({"alpha": 0.0}, "alpha: expected a finite number"),
         ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
         ({"target_modules": "q_projection"}, "target_modules: "),
+        ({"target_modules": ","}, "target_modules: "),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
         ({"eval_steps": 5}, "eval_steps: expected eval_data"),
-        ({"eval_steps": 0}, "eval_steps: expected a number above 0, got 0"),
-        ({"save_steps": -1}, "save_steps: expected a number above 0, got -1"),
-        ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
-        ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
-        ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
-        (
-            {"training_arguments": "report_to: pigeon"},
-            "report_to: expected installed integrations (",
-        ),
-        ({"training_arguments": "pigeon: 1"}, "training_arguments: SFTConfig has no pigeon."),
-        ({"training_arguments": "max_grad_nrm: 1"}, "no max_grad_nrm; did you mean max_grad_norm?"),
-        ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),
-        ({"training_arguments": "bf16: true"}, "arguments: bf16 is set by the option dtype"),
-        ({"training_arguments": "learning_rate: 1"}, "learning_rate is set by the option lr"),
-        (
-            {"training_arguments": "activation_checkpointing: true"},
-            "activation_checkpointing is set by the option gradient_checkpointing",
-        ),
-        ({"training_arguments": "warmup_steps: 9"}, "warmup_steps is set by the option warmup"),
-        ({"training_arguments": "chat_template_path: x"}, "path: expected a .jinja file, got 'x'"),
+        ({"eval_steps": 0}, "eval_steps: "),
+        ({"save_steps": -1}, "save_steps: "),
+        ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf"),
+        ({"seed": -1}, "seed: "),
+        ({"weight_decay": float("nan")}, "weight_decay: "),
+        ({"eval_data": "."}, "eval_data: expected a file"),
+        ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: "),
+        ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}"),
+        ({"modules_to_save": "pigeon"}, "modules_to_save: "),
+        ({"method": "elora"}, "method: expected "),
+        ({"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
+        ({"experts": "slot"}, "experts: expected a model with stacked experts"),
+        ({"method": "lora", "k": 0}, "k: expected none with the method 'lora', got 0"),
+        ({"method": "lora", "method_options": "blocks: 2"}, "blocks: expected none with the metho"),
+        ({"method": "lora", "method_options": "}"}, "method_options: expected YAML such as"),
         *(
-            ({"training_arguments": f"{name}: {value}"}, f"{name} is set by the command")
-            for name, value in {
-                "eval_packing": "true",
-                "logging_strategy": "epoch",
-                "dataset_text_field": "answer",
-                "model_init_kwargs": "{attn_implementation: eager}",
+            ({"training_arguments": given}, message)
+            for given, message in {
+                "pigeon": "training_arguments: expected YAML such as",
+                "pigeon: 1": "training_arguments: SFTConfig has no pigeon.",
+                "max_grad_nrm: 1": "no max_grad_nrm; did you mean max_grad_norm?",
+                "max_grad_norm: one": "max_grad_norm: expected a number, got 'one'",
+                "report_to: pigeon": "report_to: expected installed integrations (",
+                "chat_template_path: x": "chat_template_path: expected a .jinja file, got 'x'",
+                "deepspeed: no.json": "training_arguments: ",
+                "bf16: true": "bf16 is set by the option dtype",
+                "learning_rate: 1": "learning_rate is set by the option lr",
+                "activation_checkpointing: true": "is set by the option gradient_checkpointing",
+                "warmup_steps: 9": "warmup_steps is set by the option warmup",
+                "eval_packing: true": "eval_packing is set by the command",
+                "logging_strategy: epoch": "logging_strategy is set by the command",
+                "dataset_text_field: answer": "dataset_text_field is set by the command",
+                "model_init_kwargs: {a: b}": "model_init_kwargs is set by the command",
             }.items()
         ),
-        ({"training_arguments": "deepspeed: no.json"}, "training_arguments: "),
-        ({"seed": -1}, "seed: expected an integer from 0 to 2**32 - 1, got -1"),
-        ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
-        ({"eval_data": "."}, "eval_data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or"),
-        ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
-        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: expected it without load_in"),
-        ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}, but"),
-        ({"modules_to_save": "pigeon"}, "modules_to_save: expected suffixes of module names, but"),
     ],
 )
 def test_bad_options_name_themselves_before_a_model_is_loaded(
@@ -335,11 +306,9 @@ def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwar
 
 def test_a_given_model_is_left_as_it_was(options):
     model = make_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model)
     run(options, model, max_steps=1)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert same_adapters(model, before)
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 320)
 
 
@@ -348,15 +317,6 @@ def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
     rates = [row[2] for row in losses(options.output)]
     expected = [1 / 4, 2 / 4, 3 / 4, *(left / 7 for left in range(7, 0, -1))]
     assert rates == pytest.approx([3e-3 * share for share in expected])
-
-
-def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(WriteError, match=r"file/out: .*not a directory"):
-        dataclasses.replace(options, output=str(tmp_path / "file" / "out"))
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(WriteError, match="out: cannot be written: permission denied"):
-        dataclasses.replace(options)
 
 
 @pytest.mark.parametrize("size", [400, 50_000, 70_000])

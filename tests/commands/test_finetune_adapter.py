@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import rasa_ext
 from rasa_ext.commands.models import load_model, load_tokenizer
 from rasa_ext.commands.options import FinetuneOptions
-from tests.helpers.adapters import patched
+from tests.helpers.adapters import content, patched
 from tests.helpers.cli import invoke, load, logits, save_lora
 from tests.helpers.finetuning import assert_same_runs, interrupted, losses, run
 from tests.helpers.tiny_lm import CHATML, make_tokenizer, save_base, sums, write_jsonl
@@ -163,8 +163,6 @@ def test_ranks_of_single_layers_come_from_a_file(nested, options, tmp_path):
     assert private["0.self_attn.q_proj.rasa_A"] == 4
     assert private["1.self_attn.q_proj.rasa_A"] == 3
     assert private["1.mlp.up_proj.rasa_A"] == 2
-    with pytest.raises(ValueError, match="rank_pattern: expected none with the method 'lora'"):
-        run(options, method="lora", rank_pattern=str(file), overwrite=True)
     file.write_text(json.dumps({"rank_pattern": ["q_proj"]}))
     with pytest.raises(TypeError, match="rank_pattern: expected a mapping to integers, got"):
         run(options, rank_pattern=str(file), overwrite=True)
@@ -196,6 +194,10 @@ def test_a_gguf_is_not_quantized_again(tmp_path):
         load_model(str(tmp_path / "m.gguf"), quantization="load_in_4bit")
 
 
-def test_an_adapter_is_not_overwritten_by_the_run_that_begins_with_it(options, folder):
+@pytest.mark.parametrize("name", ["base", "rasa"])
+def test_what_a_run_begins_with_is_not_overwritten(name, options, folder):
+    given = {"init_adapter": str(folder / "rasa"), "output": str(folder / name)}
+    before = content(folder / name)
     with pytest.raises(ValueError, match="output: expected another directory than those of the"):
-        run(options, init_adapter=str(folder / "rasa"), output=str(folder / "rasa"), overwrite=True)
+        run(options, **given, overwrite=True)
+    assert content(folder / name) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 
 import pytest
@@ -16,7 +15,6 @@ from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.patching.state import owners
 from tests.helpers import experts
-from tests.helpers.cli import invoke
 from tests.helpers.finetuning import (
     KNOWN,
     assert_same_runs,
@@ -143,22 +141,6 @@ def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
     check_refused(common, "counted", refused, said, tmp_path / "no")
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("rasa", {"method": "elora"}, "method: expected "),
-        ("rasa", {"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
-        ("rasa", {"experts": "slot"}, "experts: expected a model with stacked experts"),
-        ("lora", {"k": 0}, "k: expected none with the method 'lora', got 0"),
-        ("lora", more("blocks: 2"), "blocks: expected none with the method 'lora', got 2"),
-        ("lora", more("blocks"), "method_options: expected YAML such as"),
-        ("lora", more("}"), "method_options: expected YAML such as"),
-    ],
-)
-def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
-    check_refused(common, name, changes, message, tmp_path / "out")
-
-
 def test_another_adapter_is_not_resumed(another, common, tmp_path):
     name, changes, named = another
     options = options_of(common, name, tmp_path, max_steps=1)
@@ -182,16 +164,6 @@ def test_a_mixture_of_experts(common, tmp_path):
     assert all(stack.B.any() for stack in stacks.values())
     with pytest.raises(ValueError, match=re.escape("experts ('shared' before, 'slot' now)")):
         run(options, resume=True, experts="slot")
-
-
-def test_by_the_command(common, tmp_path):
-    words = [
-        word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
-    ]
-    method = ("--method", "lora", "--method-options", "rslora: true")
-    invoke("finetune", *words, *method, "--output", tmp_path / "lora")
-    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert (settings["rasa_method"], settings["rasa_rslora"]) == ("lora", True)
 
 
 def test_numbers_among_method_options():
