@@ -45,9 +45,7 @@ def test_a_readme_without_them_is_refused(old, new, message):
         read(README.replace(old, new))
 
 
-@pytest.mark.parametrize(
-    ("options", "printed"), [((), False), (("--figures",), True), (("--figures", "-n", "1"), True)]
-)
+@pytest.mark.parametrize(("options", "printed"), [((), False), (("--figures", "-n", "1"), True)])
 def test_figures_are_printed_when_asked_for(pytester, options, printed):
     shutil.copy(ROOT / "tests" / "conftest.py", pytester.path)
     pytester.makepyfile("def test_it(figure):\n    figure('seven of nine')")

@@ -60,26 +60,3 @@ def test_every_version_is_pinned():
     for name, wanted in environments.all_pins().items():
         for spec in " ".join(wanted[key] for key in wanted if key != "remove").split():
             assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", spec), (name, spec)
-
-
-def test_an_environment_is_made_once_and_again_where_that_failed(tmp_path, monkeypatch):
-    commands, fails = [], [True]
-
-    def run(*words, **_):
-        commands.append([str(word) for word in words])
-        if "--target" in words and fails.pop():
-            raise AssertionError("no network")
-        return ""
-
-    monkeypatch.setenv("RASA_EXT_READERS", str(tmp_path))
-    monkeypatch.setattr(environments, "run", run)
-    place = environments.folder("deepspeed")
-    place.mkdir()
-    with pytest.raises(AssertionError, match="no network"):
-        environments.beside("deepspeed")
-    fails.append(False)
-    for _ in range(2):
-        assert environments.beside("deepspeed") == place / "beside"
-    assert sum("--clear" in words for words in commands) == 2
-    assert "--no-deps" in commands[-1]
-    assert environments.pins("deepspeed")["beside"].split() == commands[-1][-5:]

@@ -22,21 +22,9 @@ PUBLIC |= {
 }
 PUBLIC["linalg.svd_of_product"] = linalg.svd_of_product
 PUBLIC |= {f"training.{name}": getattr(training, name) for name in training.__all__}
-PUBLIC |= {
-    f"methods.{name}": getattr(methods, name)
-    for name in methods.__all__
-    if name
-    not in (
-        "AdapterConfig",
-        "Factors",
-        "LayerSpec",
-        "Rate",
-        "fresh_A",
-        "fresh_B",
-        "option",
-        "read_method",
-    )  # only authors of methods use these
-}
+OF_METHODS = {"AdapterConfig", "Factors", "LayerSpec", "Rate"}
+OF_METHODS |= {"fresh_A", "fresh_B", "option", "read_method"}  # only authors of methods use these
+PUBLIC |= {f"methods.{n}": getattr(methods, n) for n in methods.__all__ if n not in OF_METHODS}
 PUBLIC |= {
     f"analysis.{name}": each
     for name, each in vars(analysis).items()
@@ -46,9 +34,8 @@ for each in (rasa_experts.RasaExpertWeight, rasa_experts.RasaExperts):
     PUBLIC[each.__name__] = each
 PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
 for name in ("output", "data", "models", "parsing"):
-    module = importlib.import_module(
-        f"rasa_ext.commands.{name}"
-    )  # other packages' commands use these modules
+    # Other packages' commands use these modules.
+    module = importlib.import_module(f"rasa_ext.commands.{name}")
     PUBLIC |= {f"commands.{name}.{each}": getattr(module, each) for each in module.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)
 

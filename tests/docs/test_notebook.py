@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from nbclient import NotebookClient
 
-import rasa_ext
 from rasa_ext.commands.demo import FULL
-from rasa_ext.commands.models import SMOLLM2, load_model
+from rasa_ext.commands.models import SMOLLM2
 from tests.helpers.tiny_lm import save_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +26,8 @@ def parameters(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def execute(book: nbformat.NotebookNode, folder: Path) -> list[str]:
     """Run every cell in ``folder``, and return what each prints, including expected errors."""
-    NotebookClient(
-        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(book, timeout=300, kernel_name="python3", resources=where).execute()
     outputs = [cell.get("outputs", ()) for cell in book.cells]
     return ["".join(each.get("text", each.get("evalue", "")) for each in some) for some in outputs]
 
@@ -66,27 +62,12 @@ def test_the_notebook_runs_and_learns(book, tmp_path):
     assert all(float(each) < 1e-3 * change for each in differences.values())
     assert f"the LoRA of rank {rank} is not what was trained" in error
 
-    # The saved adapter and the merged model compute equal logits.
-    adapted = rasa_ext.load_adapter(
-        load_model(str(tmp_path / "base"), "float32"), tmp_path / "rasa-out" / "adapter"
-    )
-    merged = load_model(str(tmp_path / "rasa-out" / "merged"), "float32")
-    tokens = torch.arange(10).view(1, 10)
-    with torch.no_grad():
-        ours, plain = (model(input_ids=tokens).logits for model in (adapted, merged))
-    assert (ours - plain).abs().max() < 1e-3 * change
-
 
 def test_its_parameters_are_the_demo_s():
     cell = parameters(nbformat.read(NOTEBOOK, as_version=4))
     names: dict[str, object] = {}
-    for line in ast.parse(cell.source).body:
-        (target,) = line.targets
-        value = ast.literal_eval(line.value)
-        if isinstance(target, ast.Tuple):
-            names.update(zip((each.id for each in target.elts), value, strict=True))
-        else:
-            names[target.id] = value
+    exec(cell.source, names)
+    del names["__builtins__"]
     assert names == {
         "MODEL": SMOLLM2,
         "STEPS": FULL.steps,

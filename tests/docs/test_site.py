@@ -74,15 +74,9 @@ def test_the_kernels_page_has_every_operator():
 
 
 def test_the_printed_summary_is_that_of_smollm2():
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=49152, **sizes)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     printed = str(rasa_ext.summary(rasa_ext.patch_model(model, rank=8, k=1)))
@@ -113,15 +107,11 @@ def test_a_page_is_given_its_output():
         "```python\nx += 1\n```\n\n```python\nprint(x)\n```\n\n```text\n```\n\n"
         "```bash\npip install nothing\n```\n"
     )
-    done = run_page.run(page)
-    (first, second, third) = re.findall(r"^```text\n(.*?)^```", done, re.MULTILINE | re.DOTALL)
+    done, output = run_page.run(page), re.compile(r"^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    (first, second, third) = output.findall(done)
     assert (first, third) == ("2\n", "3\n")
-    assert second.startswith("a\n1\n2\n")
-    assert "\n...\n" in second
-    assert second.endswith("\n98\n99\n")
-    assert re.sub(r"```text\n.*?```", "", done, flags=re.DOTALL) == re.sub(
-        r"```text\n.*?```", "", page, flags=re.DOTALL
-    )
+    assert re.fullmatch(r"a\n1\n2\n.*\n\.\.\.\n.*\n98\n99\n", second, re.DOTALL)
+    assert output.sub("", done) == output.sub("", page)
 
 
 def test_the_site_shows_every_picture_as_it_is_lit():
@@ -147,8 +137,3 @@ def test_links_lead_somewhere(name):
     links += re.findall(r'(?:src|srcset)="([^":]+)"', page.read_text())
     for link in links:
         assert (page.parent / link).is_file(), link
-
-
-def test_the_citation_has_the_package_s_version():
-    text = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {rasa_ext.__version__}\n" in text
