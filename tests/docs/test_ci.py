@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import runpy
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
-
-pytest_plugins = "pytester"
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / ".ci" / "run"
@@ -43,15 +40,6 @@ def test_a_readme_without_them_is_refused(old, new, message):
     assert old in README
     with pytest.raises(SystemExit, match=message):
         read(README.replace(old, new))
-
-
-@pytest.mark.parametrize(("options", "printed"), [((), False), (("--figures", "-n", "1"), True)])
-def test_figures_are_printed_when_asked_for(pytester, options, printed):
-    shutil.copy(ROOT / "tests" / "conftest.py", pytester.path)
-    pytester.makepyfile("def test_it(figure):\n    figure('seven of nine')")
-    done = pytester.runpytest_inprocess(*options)
-    done.assert_outcomes(passed=1)
-    assert ("seven of nine" in done.outlines) == printed
 
 
 def test_what_the_type_checker_is_not_shown_says_why():

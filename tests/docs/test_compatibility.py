@@ -43,16 +43,20 @@ def test_what_was_measured_becomes_a_table(pytester):
 
 
 @pytest.mark.parametrize(
-    ("options", "run"), [((), ["plain"]), (("-m", "readers"), ["read"]), (("-m", "gpu"), [])]
+    ("options", "run"),
+    [((), ["plain"]), (("-m", "readers", "--figures", "-n", "1"), ["read"]), (("-m", "gpu"), [])],
 )
-def test_readers_are_run_for_who_asks(pytester, options, run):
+def test_readers_are_run_and_figures_printed_for_who_asks(pytester, options, run):
     shutil.copy(ROOT / "tests" / "conftest.py", pytester.path)
     pytester.makeini("[pytest]\nmarkers =\n  readers\n  gpu\n")
     pytester.makepyfile(
-        "import pytest\n@pytest.mark.readers\ndef test_read(): pass\ndef test_plain(): pass\n"
+        "import pytest\n@pytest.mark.readers\ndef test_read(figure): figure('seven of nine')\n"
+        "def test_plain(figure): figure('eight of nine')\n"
     )
     done = pytester.runpytest_inprocess(*options)
-    done.assert_outcomes(passed=len(run), deselected=2 - len(run))
+    done.assert_outcomes(passed=len(run), deselected=0 if "-n" in options else 2 - len(run))
+    assert ("seven of nine" in done.outlines) == ("--figures" in options)
+    assert "eight of nine" not in done.outlines
     assert done.ret == (0 if run else pytest.ExitCode.NO_TESTS_COLLECTED)
 
 

@@ -39,18 +39,13 @@ class Hub:
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
         return self.branches[repository, revision]
 
-    def commit_of(self, repository: str, revision: str) -> str:
-        """Return the commit id of a revision, which may be a branch or a commit id."""
+    def at(self, repository: str, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Return the commit id and the files of a revision: a branch or a commit id."""
         for (name, branch), files in self.branches.items():
             sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
             if name == repository and revision in (branch, sha):
-                return sha
+                return sha, files
         raise KeyError(revision)
-
-    def at(self, repository: str, revision: str) -> dict[str, bytes]:
-        sha = self.commit_of(repository, revision)
-        its = [b for n, b in self.branches if n == repository]
-        return next(self.files(repository, b) for b in its if self.commit_of(repository, b) == sha)
 
 
 def refused(card: str) -> str | None:
@@ -114,7 +109,7 @@ class _Handler(JsonHandler):
                 else:
                     content = base64.b64decode(value["content"])
                     self.hub.files(repository, revision)[value["path"]] = content
-            oid = self.hub.commit_of(repository, revision)
+            oid, _ = self.hub.at(repository, revision)
             address = f"{self.endpoint}/{repository}/commit/{oid}"
             self.answer({"success": True, "commitOid": oid, "commitUrl": address})
         else:
@@ -130,11 +125,10 @@ class _Handler(JsonHandler):
         owner, name, action, revision, *file = parts
         repository = f"{owner}/{name}"
         try:
-            sha = self.hub.commit_of(repository, revision)
+            sha, files = self.hub.at(repository, revision)
         except KeyError:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
             return
-        files = self.hub.at(repository, revision)
         oids = {path: hashlib.sha1(data).hexdigest() for path, data in files.items()}
         if action == "revision":
             self.answer({"id": repository, "sha": sha, "siblings": []})
