@@ -10,7 +10,15 @@ from rasa_ext import ops
 from rasa_ext.ops import Factors
 from rasa_ext.ops import experts as module
 from tests.helpers.adapters import Errors, excesses
-from tests.helpers.operators import DTYPES, check_operator, draw_adapter, floor, pack, shifted
+from tests.helpers.operators import (
+    DTYPES,
+    check_operator,
+    draw_adapter,
+    every_other,
+    floor,
+    pack,
+    shifted,
+)
 from tests.helpers.oracle import Adapter
 
 # Products by expert have no compiled kernel in this package.
@@ -69,11 +77,12 @@ def test_values(shape, dtype, grouped, device, monkeypatch):
         x, weights, y, ends = draw(shape, dtype, device)
         product, outer = by_loop(shape, x, weights, y)
         turned = weights.transpose(1, 2).contiguous().transpose(1, 2)
-        expected = {"product": product, "turned": product, "outer": outer}
+        expected = {"product": product, "turned": product, "gaps": product, "outer": outer}
         ours.add(
             {
                 "product": ops.experts_linear(x, weights, ends),
                 "turned": ops.experts_linear(x, turned, ends),
+                "gaps": ops.experts_linear(every_other(x), every_other(shifted(weights)), ends),
                 "outer": ops.experts_outer(x, y, ends),
             },
             expected,
@@ -125,24 +134,6 @@ def test_packs_are_those_of_each_expert(own, pooled, dtype, multiple):
             for mine, theirs in zip(found, pack(*single, dtype, multiple), strict=True):
                 assert mine.dtype == dtype
                 assert torch.equal(mine[e], theirs)
-
-
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize(("own", "pooled"), [(3, 2), (0, 5), (4, None)])
-def test_gradients_of_packs(own, pooled, multiple):
-    """Gradients equal those of autograd through the formula."""
-    adapter = stack(3, own, pooled)
-    for d in (adapter.d, None):
-        leaves = Adapter(*adapter[:4], d).map(lambda t: t.detach().clone().requires_grad_())
-        packs = ops.differentiable_pack(Factors(*leaves), torch.float64, multiple)
-        probes = [torch.randn_like(pack) for pack in packs]
-        given = [leaf for leaf in leaves if leaf is not None]
-        expected = iter(torch.autograd.grad(packs, given, probes))
-        found = ops.pack_experts_backward(*probes, *leaves[2:])
-        for leaf, grad in zip(leaves, found, strict=True):
-            assert (grad is None) == (leaf is None)
-            if leaf is not None:
-                torch.testing.assert_close(grad, next(expected))
 
 
 def test_gradients_come_in_the_parameters_dtype():

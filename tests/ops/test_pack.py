@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
@@ -12,7 +11,6 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from rasa_ext import ops
 from rasa_ext.ops import Factors
-from tests.helpers import oracle
 from tests.helpers.operators import (
     DTYPES,
     LAYOUTS,
@@ -127,39 +125,6 @@ def test_gradients(shape, stored, device):
             assert_within(found, expected, sizes, stored)
             for name in found.keys() & {"A", "B"}:  # not sums, so exact
                 assert torch.equal(found[name], expected[name].to(stored)), name
-
-
-def dense_gradients(adapters, multiple):
-    """Return gradients of packs and the oracle's of parameters, from S = dL/dW of every layer.
-
-    dAp = Bp S, dBp = Ap S^T; the pool's gradients are sums over the layers.
-    """
-    Ap, Bp = ops.pack_group(*lists(adapters), torch.float64, multiple)
-    S = torch.randn_like(Bp.mT @ Ap)
-    each = [oracle.adapter_grads(*of_layer) for of_layer in zip(S, adapters, strict=True)]
-    expected = {
-        name: (sum if "pool" in name else torch.stack)([grads[name] for grads in each])
-        for name in NAMES
-    }
-    return list(Bp @ S), list(Ap @ S.mT), expected
-
-
-@pytest.mark.parametrize("multiple", [1, 16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_of_the_differentiable_pack(shape, multiple, device):
-    for adapters in groups(shape, device, torch.float64):
-        downs, ups, expected = dense_gradients(adapters, multiple)
-        leaf = functools.cache(lambda t: t.detach().requires_grad_())  # one leaf for a shared pool
-        leaves = [each.map(leaf) for each in adapters]
-        for each, *grads in zip(leaves, downs, ups, strict=True):
-            pack = ops.differentiable_pack(Factors(*each), torch.float64, multiple)
-            torch.autograd.backward(pack, grads)
-        for name, tensors in zip(NAMES, lists(leaves), strict=True):
-            if isinstance(tensors, list) and tensors:
-                found = torch.stack([t.grad for t in tensors])
-                torch.testing.assert_close(found, expected[name], msg=name)
-            elif tensors is not None and len(tensors):
-                torch.testing.assert_close(tensors.grad, expected[name], msg=name)
 
 
 def every_other_number(t):
