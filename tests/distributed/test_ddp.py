@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rasa_ext
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
-from tests.helpers.processes import PARITY, accelerate, adapter_difference, torchrun
+from tests.helpers.processes import PARITY, accelerate, adapter_difference, check_parity, torchrun
 from tests.workers import trainer, training
 
 
@@ -29,22 +29,10 @@ def trained(tmp_path_factory, forked_python) -> Path:
 
 @pytest.mark.parametrize(("recipe", "case"), training.RUNS)
 def test_two_processes_train_as_one(recipe, case, trained, tmp_path, figure):
-    model, losses, norms = training.train(training.alone(training.CASES[case]))
+    model, *steps = training.train(training.alone(training.CASES[case]))
     training.save(model, training.CASES[case], tmp_path)
     there = trained / f"{recipe}-{case}"
-    adapters = adapter_difference(tmp_path, there)
-    losses_there, norms_there = torch.load(there / "steps.pt")
-    apart = (losses_there - losses).abs().max().item()
-    norms_apart = (norms_there / norms - 1).abs().max().item()
-    figure(
-        f"{recipe}, {case}: two processes differ by {apart:.1e} (losses), {adapters:.1e} (adapter)"
-        f", {norms_apart:.1e} (gradient norms, relative)"
-    )
-    assert losses[0] > losses[-1]
-    assert norms.max() > training.CLIP
-    assert apart <= PARITY
-    assert adapters <= PARITY
-    assert norms_apart <= PARITY
+    check_parity(f"{recipe}, {case}", steps, training.CLIP, tmp_path, there, figure)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp1"])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
@@ -95,3 +96,21 @@ def adapter_difference(one: Path, two: Path) -> float:
     assert a.keys() == b.keys()
     assert all(a[key].dtype == b[key].dtype for key in a)
     return max((a[key] - b[key]).abs().max().item() for key in a if a[key].numel())
+
+
+def check_parity(name: str, steps: tuple, clip: float, one: Path, two: Path, figure) -> float:
+    """Check that two processes trained like one; return the largest difference.
+
+    ``steps`` are losses and gradient norms of one process; ``one`` and ``two`` have the adapters.
+    """
+    (losses, norms), (losses_of_two, norms_of_two) = steps, torch.load(two / "steps.pt")
+    apart = {
+        "losses": (losses_of_two - losses).abs().max().item(),
+        "adapter": adapter_difference(one, two),
+        "gradient norms, relative": (norms_of_two / norms - 1).abs().max().item(),
+    }
+    figure(f"{name}: two processes differ by {apart}")
+    assert losses[0] > losses[-1]
+    assert norms.max() > clip
+    assert all(value <= PARITY for value in apart.values()), apart
+    return max(apart.values())
