@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes
@@ -53,9 +54,8 @@ from tests.helpers.layouts import (
     shuffled,
 )
 from tests.helpers.memory import LiveBytes
-from tests.helpers.peft import plain, trained
+from tests.helpers.peft import plain
 from tests.helpers.quantized import TOKENS, bits4, logits, off
-from tests.helpers.trainers import train_by_sft
 
 FOLDERS = [form for form in COMPRESSED if form != "packed int4 zero"]
 """transformers 5.24 and compressed-tensors 0.20 do not load packed zero points."""
@@ -80,13 +80,6 @@ def step(model: nn.Module) -> dict[str, torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("form", LAYOUTS)
-def test_numbers(form):
-    for _, _, layer in packed_layers(packed_model(form)):
-        found = format_of(layer).dequantize(layer)
-        torch.testing.assert_close(found.double(), numbers(layer), rtol=2e-7, atol=0)
-
-
 WRITTEN = {
     "gptq": TorchLinear,
     "gptq_v2": TorchLinear,
@@ -108,16 +101,21 @@ def test_what_gptqmodel_and_autoround_wrote(form):
     assert off(found, weight) < torch.finfo(torch.float16).eps  # in which the libraries compute
 
 
+def one(form: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return a single layer in a layout."""
+    return form(nn.Sequential(nn.Linear(64, 160).requires_grad_(False)))[0]
+
+
 def test_zero_points_as_they_are():
     """AutoRound's own export stores them so."""
-    layer = gptq(kind=PlainQuantLinear)(nn.Sequential(nn.Linear(64, 160)))[0]
+    layer = one(gptq(kind=PlainQuantLinear))
     found = format_of(layer).dequantize(layer)
     torch.testing.assert_close(found.double(), numbers(layer), rtol=2e-7, atol=0)
 
 
 def test_order_of_groups():
     """compressed-tensors up to 0.18 loads act-order's groups of columns as ``weight_g_idx``."""
-    layer = compressed("W4A16", group_size=16)(nn.Sequential(nn.Linear(64, 160)))[0]
+    layer = one(compressed("W4A16", group_size=16))
     codes = layouts.unpack(layer.weight_packed, 4).double() - 8
     scale = shuffled(layer).weight_scale.double()[:, layer.weight_g_idx.long()]
     found = format_of(layer).dequantize(layer)
@@ -291,30 +289,8 @@ def test_copies_and_files(form, tmp_path):
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
-@pytest.mark.parametrize("entrance", ["core", "peft"])
-def test_sft_trainer(entrance, tmp_path):
-    """With TRL's SFTTrainer and checkpointing, all adapters learn, even the first layer's."""
-    model, config = from_folder("packed int4", tmp_path / "base"), None
-    if entrance == "core":
-        rasa_ext.patch_model(model, RANK, 1)
-    else:
-        config = RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM")
-    model = train_by_sft(model, tmp_path, config, gradient_checkpointing=True)
-    assert len(trained(model)) > 14
-    assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
-
-
-def other_kernel() -> nn.Module:
-    """Return a layer like those of gptqmodel that rearrange packed words in place."""
-    layer = LAYOUTS["gptq"](nn.Sequential(nn.Linear(64, 160)))[0]
-    layer.__class__ = type("ExllamaV2Linear", (type(layer),), {})
-    return layer
-
-
-def old_names() -> nn.Module:
-    """Return a layer of AutoGPTQ, whose forward detaches."""
-    layer = LAYOUTS["auto-round"](nn.Sequential(nn.Linear(64, 160)))[0]
-    layer.__class__ = type("QuantLinear", (type(layer),), {"__module__": "auto_gptq"})
+def renamed(layer: nn.Module, name: str, **attributes: str) -> nn.Module:
+    layer.__class__ = type(name, (type(layer),), attributes)
     return layer
 
 
@@ -327,21 +303,17 @@ def other_names() -> nn.Module:
 
 def corrected() -> nn.Module:
     """Return a layer with gptqmodel's EoRA, which adds a low-rank product."""
-    layer = LAYOUTS["gptq"](nn.Sequential(nn.Linear(64, 160)))[0]
+    layer = one(LAYOUTS["gptq"])
     layer.adapter = nn.Identity()
     return layer
 
 
-def packed_embedding() -> nn.Module:
-    return compressed("W4A16", group_size=16)(nn.Sequential(nn.Embedding(8, 64)), "Embedding")[0]
-
-
 def without_backward() -> nn.Module:
     """Return a layer of compressed-tensors after a forward: dense, rounding inputs without grad."""
-    layer = compressed("FP8_DYNAMIC")(nn.Sequential(nn.Linear(64, 160)))
-    layer(torch.ones(1, 64))
-    assert layer[0].quantization_status == QuantizationStatus.DECOMPRESSED
-    return layer[0]
+    model = compressed("FP8_DYNAMIC")(nn.Sequential(nn.Linear(64, 160)))
+    model(torch.ones(1, 64))
+    assert model[0].quantization_status == QuantizationStatus.DECOMPRESSED
+    return model[0]
 
 
 def rearranged() -> nn.Module:
@@ -359,11 +331,6 @@ def opaque() -> nn.Module:
     return model[0]
 
 
-def mxfp4_experts() -> nn.Module:
-    config = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
-    return Mxfp4GptOssExperts(config)
-
-
 class Rounding(nn.Linear):
     """A layer of no known library, with a detached output."""
 
@@ -371,21 +338,30 @@ class Rounding(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias).detach()
 
 
+BITS3, BITS4 = compressed("W3A16", group_size=32), compressed("W4A16", group_size=16)
+MXFP4 = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
 REFUSED = {
-    "3 bits": (lambda: compressed("W3A16", group_size=32)(nn.Sequential(nn.Linear(64, 160)))[0],
-               r"'0' is a Linear with a weight of torch.int32 in an unknown layout"),
-    "embedding": (packed_embedding, r"'0' is a Embedding with a weight of torch.int32"),
-    "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32 .*torch_awq"),
-    "old names": (old_names, r"'0' is a QuantLinear with a weight of torch.int32"),
-    "other names": (other_names, r"'0' is a Module with a weight of torch.int32"),
-    "corrected": (corrected, r"'0' is a TorchLinear with a weight of torch.int32 and 'adapter'"),
-    "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
-    "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient to its input"),
-    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient to its input"),
-    "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) has rearranged .*patch it before eval"),
-    "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts that"),
-    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) passes no gradient to its input"),
-}  # fmt: skip
+    "3 bits": (lambda: one(BITS3), "'0' is a Linear with a weight of torch.int32"),
+    "embedding": (
+        lambda: BITS4(nn.Sequential(nn.Embedding(8, 64)), "Embedding")[0],
+        "'0' is a Embedding with a weight of torch.int32",
+    ),
+    # gptqmodel's layers that rearrange packed words in place
+    "kernel": (lambda: renamed(one(LAYOUTS["gptq"]), "ExllamaV2Linear"), ".*torch_awq"),
+    # AutoGPTQ's layer, whose forward detaches
+    "old names": (
+        lambda: renamed(one(LAYOUTS["auto-round"]), "QuantLinear", __module__="auto_gptq"),
+        "'0' is a QuantLinear with a weight of torch.int32",
+    ),
+    "other names": (other_names, "'0' is a Module with a weight of torch.int32"),
+    "corrected": (corrected, "'0' is a TorchLinear .* and 'adapter'"),
+    "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), "'0' is a FP8GroupedLinear with"),
+    "evaluated": (without_backward, r"'0' \(Linear\) passes no gradient"),
+    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) passes no gradient"),
+    "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) .*patch it before eval"),
+    "experts": (lambda: Mxfp4GptOssExperts(MXFP4), "'0' is a Mxfp4GptOssExperts"),
+    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) passes no gradient"),
+}
 
 
 @pytest.mark.parametrize("target", ["0", "1"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import bitsandbytes
 import pytest
 import torch
@@ -11,7 +9,6 @@ from peft import get_peft_model
 from torch import nn
 
 import rasa_ext
-from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import (
@@ -22,7 +19,6 @@ from tests.helpers.adapters import (
     excesses,
     gradients,
     patched,
-    randomize,
     same_bits,
 )
 from tests.helpers.quantized import (
@@ -33,26 +29,12 @@ from tests.helpers.quantized import (
     dense,
     layer_errors,
     linears,
-    logits,
     make_model,
     numbers,
     quantized,
 )
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMATS)
-def test_numbers(form, dtype):
-    """The package dequantizes a weight by the format's formula, within rounding."""
-    (base, *_) = quantized(linears(dtype=dtype), form)
-    found = format_of(base).dequantize(base).double()
-    expected = numbers(base)
-    eps = torch.finfo(torch.float32 if form == "int8" else dtype).eps
-    torch.testing.assert_close(found, expected, rtol=2 * eps, atol=eps * expected.abs().max())
-    original = linears(dtype=dtype)[0].weight.double()
-    assert (found - original).norm() < (0.2 if "4" in form else 0.02) * original.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,18 +47,6 @@ def test_forward_and_backward(form, dtype):
     bad, _ = excesses(ours, theirs, 1e-6 if dtype == torch.float32 else 0.0)
     assert not bad
     assert all(error < 0.05 for error in theirs.relative().values())
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_groups_are_of_the_layers_shapes_not_of_the_packed_ones(form):
-    model = rasa_ext.patch_model(quantized(linears(), form), RANK, 1)
-    rows = rasa_ext.summary(model)
-    assert [(row.L, row.shape) for row in rows] == [(3, (OUT, WIDTH)), (3, (WIDTH, OUT))]
-    assert model[0].pool is model[2].pool
-    assert model[0].A.shape == (RANK - 1, WIDTH)
-    assert not any(p.requires_grad for p in model[0].base_layer.parameters())
-    assert all(format_of(layer.base_layer) is not None for layer in model)
-    assert format_of(nn.Linear(3, 4)) is format_of(nn.Embedding(3, 4)) is None
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -156,20 +126,6 @@ def test_rows_that_are_no_whole_blocks():
     with pytest.raises(ValueError, match=r"target_modules: '0' .*32 inputs.* block size 64"):
         rasa_ext.patch_model(nn.Sequential(layer), RANK, 1)
     rasa_ext.patch_model(nn.Sequential(FORMATS["int8"](nn.Linear(WIDTH // 2, OUT))), RANK, 1)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_copies_and_files(form, tmp_path):
-    base = quantized(make_model(), form)
-    model = patched(base)
-    rasa_ext.save_adapter(model, tmp_path)
-    loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path)
-    copied, expected = copy.deepcopy(model), logits(model)
-    assert torch.equal(logits(loaded), expected)
-    assert torch.equal(logits(copied), expected)
-    randomize(copied, 9)
-    assert not torch.equal(logits(copied), expected)
-    assert torch.equal(logits(model), expected)
 
 
 ENTRANCES = {

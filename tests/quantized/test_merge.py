@@ -25,15 +25,8 @@ from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
-from tests.helpers.quantized import (
-    FORMATS,
-    TOKENS,
-    WIDTH,
-    linears,
-    make_model,
-    numbers,
-    quantized,
-)
+from tests.helpers.quantized import FORMATS, WIDTH, linears, make_model, numbers, quantized
+from tests.helpers.refusals import refused
 
 DTYPES = [torch.float32, torch.bfloat16]
 WARNING = re.compile(
@@ -86,6 +79,9 @@ def test_the_merged_weight(form, dtype):
     rasa_ext.unmerge(model)
     assert [layer.base_layer for layer in adapted_layers(model).values()] == bases
     assert all(same_bits(a, b) for a, b in zip(held(model), before, strict=True))
+    merged(rasa_ext.merge_and_unload, model)
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -103,22 +99,6 @@ def test_the_warning_tells_what_was_measured(form):
     assert error < 2 * told + 1e-7
     assert told < (0.05 if form == "int8" else 1e-6)
     assert (told > 1e-3) == (form == "int8")  # int8's kernel rounds activations
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMATS)
-def test_unloading_leaves_a_plain_model(form, dtype):
-    base = quantized(make_model().to(dtype), form)
-    model = patched(base).eval()
-    with torch.no_grad():
-        before = model(input_ids=TOKENS).logits
-        merged(rasa_ext.merge_and_unload, model)
-        after = model(input_ids=TOKENS).logits
-    assert not any(format_of(module) is not None for module in model.modules())
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    assert {type(p) for p in model.parameters()} == {nn.Parameter}
-    error = (after - before).float().norm() / before.float().norm()
-    assert error < (0.1 if form == "int8" or dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -208,15 +188,12 @@ def test_a_weight_that_cannot_be_read_merges_nothing(monkeypatch):
 @pytest.mark.parametrize("wrong", [torch.int8, "bfloat16"])
 def test_dtypes_that_are_none(wrong):
     model = patched(quantized(linears(), "nf4"))
-    with pytest.raises(TypeError, match=r"dtype: expected a floating-point torch.dtype or None"):
-        rasa_ext.merge(model, wrong)
+    refused(lambda: rasa_ext.merge(model, wrong), model, "^dtype: ")
 
 
 def test_a_dtype_for_nothing():
     model = patched(linears())
-    with pytest.raises(ValueError, match=r"dtype: .* no adapted layer is"):
-        rasa_ext.merge_and_unload(model, torch.float32)
-    assert adapted_layers(model)
+    refused(lambda: rasa_ext.merge_and_unload(model, torch.float32), model, "^dtype: ")
 
 
 def trained_aware(model: nn.Module) -> nn.Module:
@@ -266,9 +243,7 @@ def test_layers_that_round_a_weight_in_each_forward(rounding, entrance, dtype):
     if rounding is exact:
         merge(getattr(model, "base_model", model))
         return
-    with pytest.raises(
-        ValueError, match=r"model: .*0' \(.*Linear\) does not compute with the weight"
-    ):
+    with pytest.raises(ValueError, match=r"^model: .*0' \(.*Linear\)"):
         merge(getattr(model, "base_model", model))
     assert all(same_bits(a, b) for a, b in zip(held(model), before, strict=True))
 

@@ -10,13 +10,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from peft import get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    TorchAoConfig,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
@@ -28,6 +22,7 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapted_layers, patched
 from tests.helpers.layouts import dense, packed_model
 from tests.helpers.quantized import TOKENS, logits, make_model, off
+from tests.helpers.trainers import train_by_sft
 
 CONFIGS = {
     "nf4": lambda: BitsAndBytesConfig(
@@ -50,23 +45,8 @@ def model(request, tmp_path):
 
 
 def test_trainer(model, tmp_path):
-    rasa_ext.patch_model(model, 4, 1)
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS.tolist()]
-    arguments = TrainingArguments(
-        tmp_path / "out",
-        learning_rate=1e-2,
-        max_steps=6,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
+    trained = train_by_sft(rasa_ext.patch_model(model, 4, 1), tmp_path)
+    assert all(format_of(layer.base_layer) for layer in adapted_layers(trained).values())
 
 
 def test_what_was_merged_is_a_plain_model_also_to_transformers(model, tmp_path):

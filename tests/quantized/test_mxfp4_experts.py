@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import rasa_ext
-from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts
 from tests.helpers.layouts import excesses_over_experts, step_over_experts
@@ -37,17 +36,6 @@ def packed(folder):
 
 def patched(model, **options):
     return rasa_ext.patch_model(model, 4, 1, **options).train()
-
-
-def test_the_numbers_are_transformers(packed, folder):
-    wide = gpt_oss.dense(folder)
-    for layer, other in zip(packed.model.layers, wide.model.layers, strict=True):
-        for name in STACKS:
-            stack = packed_experts(layer.mlp.experts, name)
-            weight = getattr(other.mlp.experts, name).transpose(1, 2)
-            assert stack.shape == weight.shape
-            for part, expected in zip(stack.parts(), weight, strict=True):
-                assert torch.equal(stack.layout.dequantize(part), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

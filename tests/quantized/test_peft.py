@@ -15,6 +15,7 @@ from tests.helpers import oracle
 from tests.helpers.adapters import adapters, randomize
 from tests.helpers.peft import adapted, layers, named, plain
 from tests.helpers.quantized import FORMATS, TOKENS, logits, make_model, numbers, off, quantized
+from tests.helpers.trainers import train_by_sft
 
 BACKENDS = {
     "nf4": "bnb 4bit",
@@ -99,22 +100,12 @@ def test_two_adapters_in_one_dense_weight():
     assert torch.equal(logits(model), before)
 
 
-def test_prepared_for_kbit_training():
+def test_prepared_for_kbit_training(tmp_path):
     """Training works after PEFT's usual preparation (float32 norms, checkpointing, input grads)."""
     base = quantized(make_model().bfloat16(), "nf4")
     base.is_loaded_in_4bit = True
-    model = get_peft_model(
-        prepare_model_for_kbit_training(base), RasaConfig(r=4, task_type="CAUSAL_LM")
-    )
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(4):
-        loss = model.train()(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    config = RasaConfig(r=4, task_type="CAUSAL_LM")
+    model = train_by_sft(get_peft_model(prepare_model_for_kbit_training(base), config), tmp_path)
     with pytest.warns(UserWarning, match="in torch.float32"):
         merged = model.merge_and_unload()
     assert merged.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
