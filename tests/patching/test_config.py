@@ -13,7 +13,7 @@ import rasa_ext
 from rasa_ext import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapted_layers, same_bits
-from tests.helpers.models import ATTENTION, BERT, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
+from tests.helpers.models import BERT, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 
 
 def adapted(entry, **options) -> list[str]:
@@ -155,33 +155,9 @@ def test_summary_counts():
     assert f"{oracle.trainable_count(shapes, RANK, 2):,}" in table
 
 
-@pytest.mark.parametrize(
-    ("entry", "options", "shown"),
-    [
-        (LLAMA, {}, ["lm_head"]),
-        (LLAMA, {"exclude_modules": ["down_proj"]}, ["lm_head", "model.layers.*.mlp.down_proj"]),
-        (LLAMA, {"target_modules": ["q_proj"]}, ["model.layers.*.self_attn.k_proj"]),
-        (TIED, {}, ["readout"]),
-        (ATTENTION, {}, ["attention.out_proj"]),
-        (BERT, {"modules_to_save": ["classifier"]}, ["classifier"]),
-    ],
-)
-def test_summary_shows_what_was_left_out(entry, options, shown):
-    table = str(rasa_ext.summary(rasa_ext.patch_model(entry.build(), 2, 1, **options)))
-    for name in shown:
-        assert name in table
-
-
 @pytest.mark.parametrize("given", [["o_proj", "zebra"], r".*zebra.*"])
 def test_an_exclusion_without_effect_is_warned_of(given):
     message = "exclude_modules: '.*zebra.*' leaves out no layer"
     with pytest.warns(UserWarning, match=message) as said:
         rasa_ext.patch_model(LLAMA.build(), 2, 1, exclude_modules=given)
     assert len(said) == 1
-
-
-def test_cuda_status_is_one_sentence():
-    status = rasa_ext.cuda_status()
-    assert status.endswith(".")
-    assert "CUDA" in status
-    assert "\n" not in status

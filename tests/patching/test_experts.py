@@ -100,54 +100,33 @@ def test_weights_that_do_not_say_how_they_lie():
         rasa_ext.patch_model(model, 2, 1)
     assert not model.experts.down_proj.requires_grad
     assert same_bits(model.experts.down_proj, base.experts.down_proj)
-    assert "experts.down_proj" in str(rasa_ext.summary(model))
     said = rasa_ext.summary(model).skipped["experts.down_proj"]
     assert said == "weights of shape (4, 8, 8): not a linear layer"
-    fresh = UNMARKED.build()
-    refused(
-        lambda: rasa_ext.patch_model(fresh, 2, 1, experts="shared"),
-        fresh,
-        "^experts: expected a model with stacked experts",
-        r"experts\.down_proj",
-        "leave out experts",
-    )
+    refused(lambda: rasa_ext.patch_model(base, 2, 1, experts="shared"), base, "^experts: ")
 
 
 def test_a_model_without_experts():
     model = LLAMA.build()
-    said = "^experts: expected a model with stacked experts.*found none; leave out experts"
-    refused(lambda: rasa_ext.patch_model(model, experts="slot"), model, said)
+    refused(lambda: rasa_ext.patch_model(model, experts="slot"), model, "^experts: ")
 
 
-@pytest.mark.parametrize("value", ["expert", True, 3])
-def test_a_grouping_that_is_none(value):
+BAD = [
+    ("experts", {"experts": "expert"}),
+    ("experts", {"experts": True}),
+    ("experts", {"experts": "slot", "target_modules": ["q_proj"]}),
+    ("experts", {"experts": "slot", "modules_to_save": ["experts"]}),
+    ("target_modules", {"target_modules": ["gate_up_proj"]}),
+    (
+        "modules_to_save",
+        {"target_modules": ["down_proj"], "modules_to_save": ["experts"], "experts": "layer"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "options"), BAD, ids=str)
+def test_arguments_that_do_not_fit(argument, options):
     model = experts.model()
-    said = "experts: expected None or 'slot' or 'layer' or 'shared', got"
-    refused(lambda: rasa_ext.patch_model(model, experts=value), model, said)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"target_modules": ["gate_up_proj"]}, "target_modules: 'gate_up_proj' names stacked"),
-        (
-            {"target_modules": ["q_proj"], "experts": "slot"},
-            "experts: expected stacked weights .* left out, .*: not named by target_modules",
-        ),
-        (
-            {"modules_to_save": ["experts"], "experts": "slot"},
-            "experts: .* left out, .*: trained in full, named by modules_to_save",
-        ),
-        (
-            {"target_modules": ["down_proj"], "modules_to_save": ["experts"], "experts": "layer"},
-            "modules_to_save: .*experts' is trained in full, but target_modules also adapts",
-        ),
-    ],
-    ids=str,
-)
-def test_names_that_do_not_fit(options, said):
-    model = experts.model()
-    refused(lambda: rasa_ext.patch_model(model, 3, 1, **options), model, said)
+    refused(lambda: rasa_ext.patch_model(model, 3, 1, **options), model, f"^{argument}: ")
 
 
 def parallel(module: nn.Module) -> None:
@@ -166,14 +145,10 @@ def emptied(module: nn.Module) -> None:
     module.down_proj = nn.Parameter(torch.empty(0, HIDDEN, INNER))
 
 
-REFUSED = [
-    (parallel, "gate_up_proj' is spread over processes by expert parallelism"),
-    (quantized, "down_proj' is a Params4bit of torch.float32.*load the model dequantized"),
-    (emptied, r"down_proj' has the shape \(0, 16, 24\)"),
-]
-
-
-@pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(parallel, "gate_up_proj' is spread"), (quantized, "Params4bit"), (emptied, r"\(0, 16, 24\)")],
+)
 def test_weights_that_cannot_be_adapted(change, said):
     """The error is raised before any change, although earlier weights could be adapted."""
     model = experts.model()

@@ -183,22 +183,6 @@ def test_other_methods_are_not_advised_to_adapt_experts():
     assert "the argument experts" not in str(rasa_ext.summary(model))
 
 
-def test_one_shared_expert_is_named():
-    """A stack of one shared expert, as in Inkling, is listed."""
-
-    class SharedExperts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.n_shared_experts = 1
-            self.down_proj = nn.Parameter(torch.zeros(1, 8, 4))
-
-    model = nn.ModuleDict(
-        {"shared": SharedExperts(), "up": nn.Linear(8, 8), "out": nn.Linear(8, 8)}
-    )
-    rasa_ext.patch_model(model, 2, 0)
-    assert "shared.down_proj" in rasa_ext.summary(model).skipped
-
-
 def test_nothing_is_said_where_little_is_left_alone():
     """There is no warning if only routers are skipped."""
     model = experts.model()

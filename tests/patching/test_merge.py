@@ -16,7 +16,6 @@ from tests.helpers.adapters import (
     RANK,
     adapted_layers,
     adapters,
-    check_step,
     content,
     patched,
     same_bits,
@@ -42,10 +41,6 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {n: m.base_layer.weight.detach().clone() for n, m in adapted_layers(model).items()}
 
 
-def largest_change(model) -> float:
-    return max(oracle.delta(adapter).abs().max().item() for adapter in adapters(model).values())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, SEQUENTIAL], ids=ids)
@@ -57,7 +52,8 @@ def test_merged_weights(entry, k, dtype, device):
     rasa_ext.unmerge(model)  # not merged, so no effect
     largest = rasa_ext.merge(model)
     assert isinstance(largest, float)
-    assert largest == pytest.approx(largest_change(model), rel=1e-5)
+    changes = [oracle.delta(adapter).abs().max() for adapter in adapters(model).values()]
+    assert largest == pytest.approx(max(changes).item(), rel=1e-5)
     assert rasa_ext.merge(model) == largest  # a second merge has no effect
     rounding = 1.01 * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
     for name, adapter in adapters(model).items():
@@ -84,20 +80,6 @@ def test_results_that_are_not_finite_are_refused(bad, call, k):
         call(model)
     before.assert_unchanged()
     assert not any(layer.merged for layer in adapted_layers(model).values())
-
-
-def test_training_while_merged_is_refused():
-    model = patched(LLAMA.build())
-    inputs = LLAMA.inputs(0)
-    rasa_ext.merge(model)
-    model.train()
-    with pytest.raises(RuntimeError, match="unmerge"):
-        LLAMA.loss(model, inputs)
-    with torch.no_grad():
-        LLAMA.loss(model, inputs)
-    LLAMA.loss(model.eval(), inputs)
-    rasa_ext.unmerge(model)
-    check_step(LLAMA, LLAMA.build(), model.train())
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
@@ -159,19 +141,10 @@ def test_disable_adapter(entry, merged):
     with rasa_ext.disable_adapter(model):
         assert torch.equal(logits(entry, model), logits(entry, base))
     assert torch.equal(logits(entry, model), adapted)
-    assert all(layer.merged == merged for layer in adapted_layers(model).values())
-
-
-def test_disable_adapter_ends_with_an_exception():
-    model = patched(LLAMA.build()).eval()
-    adapted = logits(LLAMA, model)
     with pytest.raises(KeyError), rasa_ext.disable_adapter(model):
         raise KeyError
-    with rasa_ext.disable_adapter(model):
-        with rasa_ext.disable_adapter(model):
-            pass
-        assert not torch.equal(logits(LLAMA, model), adapted)
-    assert torch.equal(logits(LLAMA, model), adapted)
+    assert torch.equal(logits(entry, model), adapted)
+    assert all(layer.merged == merged for layer in adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -195,38 +168,24 @@ def test_contexts_that_overlap(merged):
     assert all(layer.merged == merged for layer in adapted_layers(model).values())
 
 
-@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
 def test_autocast_does_not_reach_a_merge(entry):
-    """dW and merged weights are computed in float32 under autocast, too."""
+    """dW (out, in) and merged weights are computed in float32 under autocast, too."""
     model, inside = (patched(entry.build()) for _ in range(2))
     expected = dict(rasa_ext.delta_weights(model))
+    for name, adapter in adapters(model).items():
+        exact = oracle.delta(adapter)
+        torch.testing.assert_close(expected[name].double(), exact, rtol=1e-5, atol=1e-6)
     rasa_ext.merge(model)
     with torch.autocast("cpu", torch.bfloat16):
         deltas = dict(rasa_ext.delta_weights(inside))
         rasa_ext.merge(inside)
     for name, delta in expected.items():
         assert deltas[name].dtype == torch.float32
+        assert not deltas[name].requires_grad
         assert torch.equal(deltas[name], delta)
     merged = weights(inside)
     assert all(torch.equal(merged[name], weight) for name, weight in weights(model).items())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [0, 1, RANK])
-@pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
-def test_delta_weights(entry, k, dtype):
-    """dW is (out, in), float32 and detached, for every dtype and layout of the base."""
-    model = patched(entry.build().to(dtype), RANK, k)
-    found = dict(rasa_ext.delta_weights(model))
-    assert found.keys() == adapted_layers(model).keys()
-    for name, change in found.items():
-        assert change.dtype == torch.float32
-        assert not change.requires_grad
-        torch.testing.assert_close(
-            change.double(), oracle.delta(adapters(model)[name]), rtol=1e-5, atol=1e-6
-        )
-    with pytest.raises(ValueError, match=r"expected a model that rasa_ext\.patch_model patched"):
-        next(rasa_ext.delta_weights(entry.build()))
 
 
 def test_a_tied_weight_is_not_merged():
@@ -236,15 +195,6 @@ def test_a_tied_weight_is_not_merged():
     with pytest.raises(ValueError, match=r"readout.*shared with.*embed"):
         rasa_ext.merge(model)
     before.assert_unchanged()
-
-
-def test_merging_leaves_a_copy_alone():
-    model = patched(LLAMA.build())
-    twin = copy.deepcopy(model)
-    before = Snapshot(twin)
-    rasa_ext.merge(model)
-    before.assert_unchanged()
-    assert not any(layer.merged for layer in adapted_layers(twin).values())
 
 
 MADE_ANEW = {

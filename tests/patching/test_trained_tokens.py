@@ -13,7 +13,7 @@ from rasa_ext.methods import AdapterConfig, LoraConfig
 from tests.helpers.adapters import same_bits
 from tests.helpers.models import BERT, GEMMA, GPT2, LLAMA, T5, TIED, Checkpointed, ids
 from tests.helpers.outside import VeraConfig
-from tests.helpers.refusals import Snapshot
+from tests.helpers.refusals import Snapshot, refused
 from tests.helpers.trained_tokens import IDS, TABLES, with_moved_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups")
@@ -26,30 +26,21 @@ def with_rows(entry, given=IDS, **options):
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
-def test_twenty_steps_are_those_of_a_masked_table(entry):
+def test_rows_get_the_gradients_of_a_table(entry):
     inputs = entry.inputs(0)
     model = with_rows(entry, adapter_dtype=torch.float64).double()
     rows = rasa_ext.adapter_parameters(model)[-1]  # others stay at B = 0, without effect
-    assert rows.shape[0] == 3
     dense = entry.build().double().requires_grad_(False)
     table = dense.get_submodule(TABLES[entry.name][0]).weight.requires_grad_(True)
-    others = torch.ones(len(table), dtype=torch.bool)
-    others[IDS] = False
-    ours, theirs = (torch.optim.Adam([each], lr=0.05) for each in (rows, table))
-    for step in range(20):
-        for each, optimizer in ((model, ours), (dense, theirs)):
-            optimizer.zero_grad()
-            logits = entry.call(each, **inputs)
-            logits.log_softmax(-1).sin().sum().backward()
-            if each is dense:
-                table.grad[others] = 0
-                if step == 0:
-                    torch.testing.assert_close(rows.grad, table.grad[IDS], rtol=1e-9, atol=1e-9)
-            optimizer.step()
-    torch.testing.assert_close(rows, table[IDS], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(entry.call(model, **inputs), entry.call(dense, **inputs))
-    before = entry.build().get_submodule(TABLES[entry.name][0]).weight[IDS]
-    assert (rows - before).abs().max() > 0.1
+    with torch.no_grad():
+        rows.add_(0.5)
+        table[IDS] = rows
+    found, expected = (entry.call(each, **inputs) for each in (model, dense))
+    torch.testing.assert_close(found, expected)
+    for logits in (found, expected):
+        logits.log_softmax(-1).sin().sum().backward()
+    assert rows.grad.any()
+    torch.testing.assert_close(rows.grad, table.grad[IDS], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
@@ -71,7 +62,7 @@ def test_what_is_trained_and_told(entry):
 @pytest.mark.parametrize("subtract", [False, True])
 def test_merge_and_back(entry, subtract):
     model, inputs = with_moved_rows(entry), entry.inputs(0)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = Snapshot(model)
     y = entry.call(model, **inputs)
     rows = model.get_submodule(TABLES[entry.name][0]).rows
     rasa_ext.merge(model, subtract=subtract)
@@ -79,7 +70,7 @@ def test_merge_and_back(entry, subtract):
     assert all(torch.equal(table[IDS], rows) for table in tables)
     torch.testing.assert_close(entry.call(model, **inputs), y, rtol=1e-3, atol=1e-3)
     rasa_ext.unmerge(model)
-    assert all(same_bits(tensor, before[key]) for key, tensor in model.state_dict().items())
+    before.assert_unchanged()
     plain = rasa_ext.merge_and_unload(model)
     assert type(plain.get_submodule(TABLES[entry.name][0])) is nn.Embedding
     torch.testing.assert_close(entry.call(plain, **inputs), y, rtol=1e-3, atol=1e-3)
@@ -101,10 +92,7 @@ def test_no_merge_of_what_is_not_finite():
     model = with_moved_rows(TIED)
     with torch.no_grad():
         model.embed.rows[1, 2] = torch.inf
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="'embed' hold values that are not finite"):
-        rasa_ext.merge(model)
-    assert all(same_bits(tensor, before[key]) for key, tensor in model.state_dict().items())
+    refused(lambda: rasa_ext.merge(model), model, "'embed' hold values that are not finite")
 
 
 @pytest.mark.parametrize(
@@ -173,55 +161,53 @@ class Normed(nn.Embedding):
 
 
 BAD = {
-    "text": ("3", {}, "a list of token indices"),
-    "number": (3, {}, r"got 3 \(int\)"),
-    "bool": ([True], {}, r"integers, got True"),
-    "float": ([1.0], {}, r"integers, got 1\.0"),
-    "negative": ([3, -1], {}, ">= 0, got -1"),
-    "twice": ([0, 1, 0], {}, "each token once, got 0 twice"),
-    "empty": ({"embed": []}, {}, "at least one index of 'embed', got"),
-    "too large": ([32], {}, "below 32, .*'embed', got 32; .*resize"),
-    "no such": ({"wte": [1]}, {}, "no name ends in 'wte'; .*'embed'"),
-    "differ": ({"embed": [1], "readout": [2]}, {}, "same tokens for 'embed' and 'readout'"),
-    "saved": (
-        [1],
-        {"modules_to_save": ["embed"]},
-        r"'embed' is also .*modules_to_save \('embed'\)",
-    ),
-    "tied one saved": ([1], {"modules_to_save": ["readout"]}, "'readout' is also trained in full"),
-    "adapted": ([1], {"target_modules": ["body", "readout"]}, "also adapts 'readout'"),
+    "text": "3",
+    "number": 3,
+    "bool": [True],
+    "float": [1.0],
+    "negative": [3, -1],
+    "twice": [0, 1, 0],
+    "empty": {"embed": []},
+    "too large": [32],
+    "no such": {"wte": [1]},
+    "differ": {"embed": [1], "readout": [2]},
+}
+TAKEN = {
+    "saved": {"modules_to_save": ["embed"]},
+    "tied one saved": {"modules_to_save": ["readout"]},
+    "adapted": {"target_modules": ["body", "readout"]},
 }
 EMBEDDINGS = {
-    "max_norm 1.0": lambda: nn.Embedding(32, 12, max_norm=1.0),
+    "max_norm": lambda: nn.Embedding(32, 12, max_norm=1.0),
     "scale_grad_by_freq": lambda: nn.Embedding(32, 12, scale_grad_by_freq=True),
-    "the forward of a Normed": lambda: Normed(32, 12),
+    "forward": lambda: Normed(32, 12),
 }
+
+
+def refused_rows(model, given, **options):
+    options["trainable_token_indices"] = given
+    refused(lambda: rasa_ext.patch_model(model, 2, 1, **options), model, "^trainable_token_indices")
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_leaves_the_model_as_it_was(case):
-    given, options, message = BAD[case]
-    kinds = ("text", "number", "bool", "float")
-    refused_rows(TIED.build(), given, message, TypeError if case in kinds else ValueError, options)
+    refused_rows(TIED.build(), BAD[case])
 
 
-@pytest.mark.parametrize("message", EMBEDDINGS)
-def test_embeddings_whose_rows_cannot_be_trained(message):
+@pytest.mark.parametrize("case", TAKEN)
+def test_tables_that_are_trained_already(case):
+    refused_rows(TIED.build(), [1], **TAKEN[case])
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_whose_rows_cannot_be_trained(kind):
     model = TIED.build()
-    model.embed = EMBEDDINGS[message]()
-    refused_rows(model, {"embed": [1]}, message)
+    model.embed = EMBEDDINGS[kind]()
+    refused_rows(model, {"embed": [1]})
 
 
 def test_a_model_that_names_no_embedding():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    refused_rows(model, [1], "does not define its input embedding, got a list")
-
-
-def refused_rows(model, given, message, error=ValueError, options=()):
-    before = Snapshot(model)
-    with pytest.raises(error, match=f"trainable_token_indices: .*{message}"):
-        rasa_ext.patch_model(model, 2, 1, trainable_token_indices=given, **dict(options))
-    before.assert_unchanged()
+    refused_rows(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), [1])
 
 
 @pytest.fixture(params=[LoraConfig, VeraConfig])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -28,15 +29,13 @@ from tests.helpers.refusals import refused
 )
 def test_arguments_under_other_names(given, meant):
     (name,) = given
-    model = LLAMA.build()
-    said = rf"patch_model\(\) got an unexpected .* '{name}'; did you mean {meant}\?"
-    refused(lambda: rasa_ext.patch_model(model, **given), model, said)
-    with pytest.raises(TypeError, match=rf"RasaConfig\(\) got .* '{name}'; .* {meant}\?"):
-        rasa_ext.RasaConfig(**given)
+    for call in (functools.partial(rasa_ext.patch_model, LLAMA.build()), rasa_ext.RasaConfig):
+        with pytest.raises(TypeError, match=rf"'{name}'; did you mean {meant}\?"):
+            call(**given)
 
 
 def test_an_argument_like_none():
-    with pytest.raises(TypeError, match=r"'zebra'; expected one of dropout, .*, rank, k, alpha"):
+    with pytest.raises(TypeError, match=r"'zebra'; expected one of .*rank"):
         rasa_ext.RasaConfig(zebra=1)
 
 
@@ -47,13 +46,9 @@ def test_configs_copy_and_pickle():
 
 def test_a_rank_above_the_sides():
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 5), nn.Linear(5, 40))
-    with pytest.warns(
-        UserWarning, match=r"rank: 6 is above .*'1', .*\(5, 40\), and of 1 more"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"^rank: 6 .*'1', .*\(5, 40\), and of 1 more") as caught:
         rasa_ext.patch_model(model, rank=6, k=1)
-    (told,) = (each for each in caught if str(each.message).startswith("rank"))
-    assert told.filename == __file__
-    assert "rank 5 at most. Use a smaller rank" in str(told.message)
+    assert __file__ in {each.filename for each in caught}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rasa_ext.patch_model(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)), rank=40, k=1)
@@ -67,29 +62,11 @@ class Attending(nn.Module):
         self.mlp = nn.Linear(8, 8)
 
 
-@pytest.mark.parametrize(
-    ("targets", "said"),
-    [
-        (
-            ["out_proj"],
-            r"cannot adapt 'attention\.out_proj': .*MultiheadAttention reads the weight",
-        ),
-        (
-            ["attention"],
-            r"'attention' is a MultiheadAttention; .*modules_to_save to train it in full",
-        ),
-        (["gru"], r"'gru' is a GRU; .*modules_to_save to train it in full"),
-        ("gru|other", r"leaves none.*gru \(GRU\): not linear layers; modules_to_save trains"),
-    ],
-)
-def test_what_is_no_linear_layer(targets, said):
+@pytest.mark.parametrize("targets", [["out_proj"], ["attention"], ["gru"], "gru|other"], ids=str)
+def test_what_is_no_linear_layer(targets):
     model = Attending()
-    refused(
-        lambda: rasa_ext.patch_model(model, 2, target_modules=targets),
-        model,
-        said,
-        "modules_to_save",
-    )
+    call = functools.partial(rasa_ext.patch_model, model, 2, target_modules=targets)
+    refused(call, model, "^target_modules: ", "MultiheadAttention|GRU", "modules_to_save")
 
 
 def test_the_way_out_is_one():
