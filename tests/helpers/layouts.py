@@ -74,27 +74,16 @@ def compressed(preset: str, **weights: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 def _calibrate(module: Any, args: QuantizationArgs) -> None:
-    """Set scales and zero points from the largest and smallest weights."""
-    weight, whole = module.weight.detach(), None
-    if args.strategy == "tensor":
-        grouped = weight.reshape(1, -1)
-    elif args.strategy == "channel":
-        grouped = weight
-    elif args.strategy == "block":
-        rows, columns = args.block_structure
-        padded = nn.functional.pad(weight, (0, 0, 0, -len(weight) % rows))
-        blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-        grouped = blocks.transpose(1, 2).flatten(2)
-    else:
-        grouped = weight.unflatten(1, (-1, args.group_size))
+    """Set scales and zero points for a drawn share of the largest and smallest weight."""
+    weight, own, whole = module.weight.detach(), module.weight_scale, None
     if args.strategy == "tensor_group":
         whole = generate_gparam(weight.min(), weight.max())
         module.weight_global_scale.data.copy_(whole)
-    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args, whole)
-    own = module.weight_scale
-    own.data = scale.reshape(own.shape).to(own.dtype)
+    share = torch.rand(own.shape) + 0.5
+    scale, zero = calculate_qparams(share * weight.min(), share * weight.max(), args, whole)
+    own.data = scale.to(own.dtype)
     if getattr(module, "weight_zero_point", None) is not None:
-        module.weight_zero_point.data = zero.reshape(own.shape).to(torch.int8)
+        module.weight_zero_point.data = zero.to(torch.int8)
 
 
 def fine_grained(block: tuple[int, int] | None, scale_fmt: str = "float") -> Any:

@@ -25,26 +25,21 @@ def model_and_tokenizer(monkeypatch):
     return qrasa.quantized(whole, qrasa.nf4), load_tokenizer(find_smollm2())
 
 
-def test_smollm2_in_nf4(model_and_tokenizer, figure):
+def test_smollm2_in_nf4(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     linears = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     inside = sum(m.in_features * m.out_features for m in linears)
     outside = sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16)
     assert len(linears) == LAYERS * 7
-    assert inside + outside == 28_312_128 + LAYERS * 3_540_096
-    base = qrasa.base_bytes(model)
     # Linear layers: half a byte per weight, one byte of scale per 64. All else: bfloat16.
-    assert base <= inside / 2 + inside / 64 * 1.1 + 2 * outside
-    dense = 2 * (inside + outside)
+    assert qrasa.base_bytes(model) <= inside / 2 + inside / 64 * 1.1 + 2 * outside
 
     rasa_ext.patch_model(model, rank=8, k=1).train()
-    parameters = rasa_ext.adapter_parameters(model)
-    adapter = sum(p.nbytes for p in parameters)
     (batch,) = qrasa.batches(tokenizer, 1, 1, "train")
     # Only the end of each row, with the answer: bfloat16 is slow on a CPU without AVX-512.
     batch = {name: value[:, -8:] for name, value in batch.items()}
-    kept = qrasa.kept(model, batch)
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    assert 0 < qrasa.kept(model, batch) < qrasa.base_bytes(model)
+    optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=3e-3)
     losses = []
     for _ in range(5):
         loss = model(**batch).loss
@@ -52,10 +47,4 @@ def test_smollm2_in_nf4(model_and_tokenizer, figure):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    figure(
-        f"QRaSA, {LAYERS} layers of SmolLM2-135M: base {base / 2**20:.1f} MiB in nf4, "
-        f"{dense / 2**20:.1f} in bfloat16; "
-        f"adapter {adapter / 2**20:.1f}; kept for the backward {kept / 2**20:.1f}; "
-        f"loss of one batch {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses) - 1} steps"
-    )
     assert losses[-1] < 0.8 * losses[0]
