@@ -10,11 +10,9 @@ from benchmarks import dropout
 from rasa_ext.nn import functional
 from tests.helpers import oracle
 from tests.helpers.adapters import (
-    Errors,
     adapter_of,
     adapters,
     assert_matches_oracle,
-    excesses,
     observe,
     patched,
 )
@@ -68,31 +66,6 @@ def test_a_layer(needs_dx, hooked, shape):
     with torch.no_grad():
         torch.manual_seed(7)
         torch.testing.assert_close(layer(x), y)
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(base_dtype, hooked):
-    """Under autocast, errors are at most twice plain PyTorch's; x may have another dtype."""
-    ours, theirs = Errors(), Errors()
-    base, layer = layer_of(base_dtype, hooked)
-    adapter = adapter_of(layer)
-    down, up, d = (t.bfloat16() for t in adapter.stacked())
-    for seed in range(8):
-        x = torch.randn(64, 9)
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.manual_seed(seed)
-            y = layer(x)
-        assert y.dtype == torch.bfloat16
-        dropped = drop(x, drawn(seed, (64, 9)))
-        weight, bias = base.weight.bfloat16(), base.bias.bfloat16()
-        plain = nn.functional.linear(x.bfloat16(), weight, bias)
-        plain = plain + ((dropped.bfloat16() @ down.T) * d) @ up.T
-        wide = x.double() @ base.weight.double().T + base.bias.double()
-        wide = wide + oracle.linear(dropped, torch.zeros_like(weight), None, adapter)
-        ours.add({"y": y}, {"y": wide.detach()})
-        theirs.add({"y": plain}, {"y": wide.detach()})
-    assert not excesses(ours, theirs, 0.0)[0]
 
 
 def step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:

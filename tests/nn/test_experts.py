@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaExperts
@@ -170,19 +170,6 @@ def test_experts_without_marks(kind, grouping, tokens):
         assert torch.equal(module(*inputs), plain(*inputs))
 
 
-def merged(module: RasaExperts) -> nn.Module:
-    """Return a copy of the plain experts with weights W + dW in the base's dtype."""
-    base = copy.deepcopy(module.base_layer)
-    with torch.no_grad():
-        for name, adapter in stack_adapters(module).items():
-            weight = getattr(base, name)
-            stacked = weight.double().transpose(1, 2) if base.is_transposed else weight.double()
-            changed = oracle.stacked_weight(stacked, adapter.map(lambda t: t.double()))
-            weight.copy_(changed.transpose(1, 2) if base.is_transposed else changed)
-    base.config._experts_implementation = "eager"
-    return base
-
-
 def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
     """Compute the forward in plain PyTorch in x's dtype, expert by expert."""
     base, out = module.base_layer, torch.zeros_like(x)
@@ -234,29 +221,6 @@ def test_rounding(family, grouping, dtype, figure):
     assert not bad
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_whole_models(family, figure):
-    """float32 logits are about as exact as those of the model's own forward with W + dW."""
-    entry = experts.entry(family)
-    model = experts.patched(entry.build(), "shared", RANK, 1).eval()
-    plain_model = entry.build().eval()
-    names = experts.experts_of(plain_model)
-    for name, module in zip(names, experts.adapted(model), strict=True):
-        parent, _, last = name.rpartition(".")
-        setattr(plain_model.get_submodule(parent), last, merged(module))
-    exact = copy.deepcopy(plain_model).double()
-    inputs = entry.inputs(0)
-    with torch.no_grad():
-        with oracle.AllInFloat64():
-            expected = {"logits": entry.call(exact, **inputs)}
-        ours, theirs = Errors(), Errors()
-        ours.add({"logits": entry.call(model, **inputs)}, expected)
-        theirs.add({"logits": entry.call(plain_model, **inputs)}, expected)
-    bad, worst = excesses(ours, theirs, FLOOR[torch.float32])
-    figure(f"{family}, logits: {ours.relative()['logits']:.1e}, {worst:.2f} of eager's")
-    assert not bad
-
-
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disabled_it_is_the_base(family, implementation):
@@ -275,19 +239,14 @@ def test_disabled_it_is_the_base(family, implementation):
         assert torch.equal(entry.call(model, **inputs), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patching_keeps_the_output(family, dtype):
-    """Every B starts at zero, so outputs may differ from the base only in the last rounding."""
-    ours, theirs = Errors(), Errors()
-    base = experts.model(family).to(dtype)
-    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1, experts="shared")
+def test_patching_keeps_the_output(family):
+    """Every B starts at zero."""
+    base = experts.model(family).double()
+    options = {"experts": "shared", "adapter_dtype": torch.float64}
+    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1, **options)
     own = experts.experts_of(base).values()
-    for seed, (plain_module, module) in enumerate(zip(own, experts.adapted(model), strict=True)):
-        x, chosen, shares = experts.inputs(64, seed=seed, dtype=torch.float32)
-        wide = copy.deepcopy(plain_module).double()
-        wide.config._experts_implementation = "eager"
-        expected = {"y": wide(x.to(dtype).double(), chosen, shares.double()).detach()}
-        ours.add({"y": module(x.to(dtype), chosen, shares)}, expected)
-        theirs.add({"y": plain_module(x.to(dtype), chosen, shares)}, expected)
-    assert not excesses(ours, theirs, FLOOR.get(dtype, 0.0))[0]
+    for plain_module, module in zip(own, experts.adapted(model), strict=True):
+        plain_module.config._experts_implementation = "eager"  # the only one for float64
+        inputs = experts.inputs()
+        assert_close({"y": module(*inputs)}, {"y": plain_module(*inputs).detach()})

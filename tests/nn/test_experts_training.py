@@ -13,7 +13,7 @@ from rasa_ext.nn.rasa_experts import RasaExperts
 from tests.helpers import experts, oracle
 from tests.helpers.adapters import through_file
 from tests.helpers.experts import FAMILIES, GROUPINGS, UNLIKE, stack_adapters
-from tests.helpers.operators import columns, shifted
+from tests.helpers.refusals import Snapshot
 
 P = 0.25
 
@@ -155,31 +155,22 @@ def test_whole_models_train_under_autocast(family, dtype):
         assert grad.any(), name
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_file])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_copies(grouping, how):
+def test_copies(grouping, copied):
     """Layers of a copy share a pool, and share nothing with the original; outputs are equal."""
-    model = experts.patched(experts.normed_stack(), grouping)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        model = experts.patched(experts.model(), grouping)
-        twin = through_file(model)
-    inputs = experts.inputs(dtype=torch.float32)
-    pairs = list(zip(experts.adapted(model), experts.adapted(twin), strict=True))
-    for one, other in pairs:
-        assert torch.equal(one(*inputs), other(*inputs))
-    names = {name for name, _ in twin.named_parameters()}
-    assert names == {name for name, _ in model.named_parameters()}
-    first, second = (other for _, other in pairs)
-    pools = [module.down_proj.pool for module in (first, second)]
-    assert (pools[0] is pools[1]) == (grouping != "layer")
-    before = [one(*inputs) for one, _ in pairs]
+    model = experts.patched(experts.model(), grouping)
+    twin, inputs, before = copied(model), experts.inputs(dtype=torch.float32), Snapshot(model)
+    first, second = experts.adapted(twin)
+    assert (first.down_proj.pool is second.down_proj.pool) == (grouping != "layer")
+    expected = [module(*inputs) for module in experts.adapted(model)]
+    for module, y in zip((first, second), expected, strict=True):
+        assert torch.equal(module(*inputs), y)
     experts.randomize(twin, 9)
-    for (one, other), old in zip(pairs, before, strict=True):
-        assert torch.equal(one(*inputs), old)
-        assert not torch.allclose(other(*inputs), old)
+    for module, y in zip((first, second), expected, strict=True):
+        assert not torch.allclose(module(*inputs), y)
     rasa_ext.unpatch(twin)
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -195,37 +186,6 @@ def test_moving_and_casting(grouping):
         torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
         model.float().to("cpu")
         assert torch.equal(module(x.float(), chosen, shares.float()), expected)
-
-
-def every_other(t: Tensor) -> Tensor:
-    return torch.stack((t, t), -1).flatten(-2)[..., ::2]
-
-
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, columns, every_other, shifted])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("family", UNLIKE)
-def test_any_strides(family, grouping, dtype, layout):
-    """Base weights and adapter tensors may have any strides, with or without grouped products."""
-    inputs = experts.inputs(dtype=dtype)
-    module = module_of(family, grouping, dtype)
-    parameters = [p for p in module.parameters() if p.numel()]
-
-    def run() -> list[Tensor]:
-        y = module(*inputs)
-        trained = [p for p in parameters if p.requires_grad]
-        grads = torch.autograd.grad(y.square().sum(), trained)
-        with torch.no_grad():
-            return [y, module(*inputs), *grads]
-
-    expected = run()
-    for parameter in parameters:
-        if parameter.ndim > 1 or layout is not columns:
-            parameter.data = layout(parameter.data)
-    module.drop_pack()
-    for found, value in zip(run(), expected, strict=True):
-        tolerance = 64 * torch.finfo(dtype).eps * value.abs().max().item()
-        torch.testing.assert_close(found, value, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import rasa_ext
 from rasa_ext import ops
 from rasa_ext.nn import functional
 from rasa_ext.ops import heuristics
-from tests.helpers.adapters import adapted_layers, check_step, patched, through_file
+from tests.helpers.adapters import adapted_layers, adapter_of, check_step, patched, through_file
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
 from tests.helpers.threads import run_in_threads
 
@@ -69,21 +69,6 @@ def test_training(entry, k, log):
         touch(model)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("entry", [LLAMA, T5], ids=ids)
-def test_checkpointing(entry, use_reentrant, log):
-    """Steps agree with the oracle, also while layers separate and if no write is between steps."""
-    base = entry.build()
-    model = patched(base).train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    for seed in range(4):
-        log.clear()
-        check_step(entry, base, model, seed=seed)
-        assert log
-        if seed % 2:
-            touch(model)
-
-
 def test_copies_go_together_on_their_own(log):
     base = LLAMA.build()
     model = patched(base).train()
@@ -97,15 +82,14 @@ def test_copies_go_together_on_their_own(log):
 
 
 class Pair(nn.Module):
-    """Two layers of one input; with ``shift``, the second gets another input."""
+    """Two layers of one input."""
 
     def __init__(self):
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(6, 5), nn.Linear(6, 5)
-        self.shift = 0
 
     def forward(self, x):
-        return self.gate_proj(x) + self.up_proj(x + self.shift if self.shift else x)
+        return self.gate_proj(x) + self.up_proj(x)
 
 
 def pair(**options):
@@ -152,28 +136,16 @@ def test_what_is_no_plain_layer_goes_alone(what, log):
 
 
 def test_dropout_is_one_mask_for_all(log):
-    """All layers use the mask of the layer that runs first."""
-    model, a, b, _ = pair(dropout=0.5)
-    x = torch.randn(3, 6, requires_grad=True)
-
-    def step(forward):
-        torch.manual_seed(3)
-        y = forward()
-        return y, *torch.autograd.grad(y.square().sum(), [x, *rasa_ext.adapter_parameters(model)])
-
-    def one_by_one():
-        first = a.fused, b.fused
-        a.fused = b.fused = None
-        y = a(x)
-        torch.manual_seed(3)
-        y = y + b(x)
-        a.fused, b.fused = first
-        return y
-
-    found = step(lambda: model(x))
+    """Layers of equal values then give equal outputs, as they do not alone."""
+    _, a, b, alone = pair(dropout=0.5)
+    b.base_layer.load_state_dict(a.base_layer.state_dict())
+    with torch.no_grad():
+        for mine, other in zip(adapter_of(a), adapter_of(b), strict=True):
+            other.copy_(mine)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(a(x), b(x))
     assert log == [2]
-    for mine, theirs in zip(found, step(one_by_one), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    assert not torch.allclose(alone(a, x), alone(b, x))
 
 
 @pytest.mark.parametrize(
@@ -243,17 +215,6 @@ def test_outputs_may_be_modified_in_place():
         loss = one.square().sum() + two.square().sum()
         grads.append(torch.autograd.grad(loss, rasa_ext.adapter_parameters(model)))
     assert all(map(torch.equal, *grads))
-
-
-def test_layers_that_read_different_inputs_part_after_a_step(log):
-    model, a, b, alone = pair()
-    model[0].shift = 1
-    for step in range(3):
-        x = torch.randn(3, 6)
-        log.clear()
-        torch.testing.assert_close(model(x), alone(a, x) + alone(b, x + 1))
-        assert bool(log) == (step == 0)
-        touch(model)
 
 
 def test_waiting_outputs_and_layers_are_not_kept_alive():
