@@ -37,8 +37,7 @@ class AdaptedLinear(AdaptedModule):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        # While merged: the original weight, or the part that subtracting dW would not restore, or
-        # the quantized layer that a dense one replaced.
+        # While merged: the original weight, or the quantized layer that a dense one replaced.
         self.merged_base: Any = None
         self.fused: FusedProjections | None = None
         self.is_dense_head = False  # the model's output embedding, not quantized

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from rasa_ext.patching.merge_quantized import (
     restore_quantized,
 )
 from rasa_ext.patching.parts import Chunk, Part, check_finite, chunks_of, deltas_of, packs_of
-from rasa_ext.patching.subtraction import MergeResidual, residual_of
 
 
 @dataclasses.dataclass
@@ -26,8 +24,6 @@ class Merging:
 
     dtype: torch.dtype | None = None
     """Dtype of the dense weights that replace quantized ones; None: the dtype each layer states."""
-    subtract: bool = False
-    """Whether unmerging subtracts dW, so that no copy of the weights is stored."""
     keep: bool = True
     """Whether anything is stored for unmerging."""
     changes: list[Dequantized] = dataclasses.field(default_factory=list)
@@ -80,16 +76,10 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
                 for part in chunk:
                     part.kept = part.weight.clone()
             packs = _add(chunk, weights)
-            if argument is None and not merging.subtract:
-                continue
-            deltas = ops.delta_group(*packs)
             if argument is not None:
                 check_finite(chunk, weights, argument)
-                low, high = deltas.aminmax()
+                low, high = ops.delta_group(*packs).aminmax()
                 largest = max(largest, -low.item(), high.item())
-            if merging.keep and merging.subtract:
-                for part, delta in zip(chunk, deltas, strict=True):
-                    part.kept = residual_of(part.kept, part.weight, delta)
     except BaseException:  # not finite, out of memory, or interrupted
         unmerge_parts(parts)
         raise
@@ -98,34 +88,13 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
 
 @torch.no_grad()
 def unmerge_parts(parts: Sequence[Part]) -> None:
-    """Restore the exact weights that merged parts had before the merge.
-
-    Raises RuntimeError if unmerging subtracts and an adapter has changed since. All parts then
-    stay merged.
-    """
-    undone: list[tuple[Chunk, list[Any]]] = []
-    try:
-        for chunk in _dense_chunks(parts):  # the chunks of the merge: others round differently
-            kept = [part.kept for part in chunk]
-            originals = list(kept)
-            if any(isinstance(each, MergeResidual) for each in kept):
-                for i, delta in enumerate(deltas_of(chunk)):
-                    if isinstance(kept[i], MergeResidual):
-                        originals[i] = kept[i].original(chunk[i].weight, delta)
-            undone.append((chunk, kept))
-            for part, original in zip(chunk, originals, strict=True):
-                if original is not None:
-                    part.weight.copy_(original)
-                part.kept = None
-    except RuntimeError:
-        for chunk, kept in undone:
-            _add(chunk, [part.weight for part in chunk])
-            for part, each in zip(chunk, kept, strict=True):
-                part.kept = each
-        raise
+    """Restore the exact weights that merged parts had before the merge."""
     for part in parts:
         if isinstance(part.kept, nn.Module):
             restore_quantized(part.owner)
+        elif part.kept is not None:
+            part.weight.copy_(part.kept)
+            part.kept = None
 
 
 def _check_not_packed(parts: Iterable[Part]) -> None:

@@ -77,22 +77,18 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, delta.mT if is_transposed(parts[0].base) else delta
 
 
-def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
     """Merge every adapter into its base weight, so that the model runs at the base's speed.
 
     W becomes W + dW, with dW from ``delta_weights`` (arXiv 2503.12576, section 3). The sum is taken
     in float32 (float64 for float64 weights) and rounded once. A copy of the original weights is
-    stored, from which ``unmerge`` restores them exactly; ``subtract`` and ``merge_and_unload`` save
-    that memory. A quantized layer becomes dense, with a warning that states the error of the
-    output.
+    stored, from which ``unmerge`` restores them exactly; ``merge_and_unload`` saves that memory. A
+    quantized layer becomes dense, with a warning that states the error of the output.
 
     Args:
         model: a patched model.
         dtype: dtype of the dense weights that replace quantized ones. Defaults to the dtype of the
             model's first float parameter, usually the embedding.
-        subtract: let ``unmerge`` subtract dW. Only entries that this does not restore are stored:
-            few where dW is small beside W. Unmerging is still exact, provided the adapter does not
-            change while it is merged.
 
     Returns:
         max |dW| over all layers and entries. Merging a merged model changes nothing and returns
@@ -112,7 +108,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
         0.0
         >>> rasa_ext.unmerge(model)
     """
-    return _merge(model, dtype, keep_base=True, subtract=subtract)
+    return _merge(model, dtype, keep_base=True)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -128,8 +124,7 @@ def unmerge(model: nn.Module) -> None:
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.
-        RuntimeError: the model is merged and a CUDA graph is being captured; or it was merged with
-            ``subtract``, and the adapter has changed since.
+        RuntimeError: the model is merged and a CUDA graph is being captured.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -238,7 +233,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             if not state.disabled:
                 _switch(model, off=False)
                 if state.merge_again:
-                    _merge(model, state.dense_dtype, True, state.subtract, quiet=True)
+                    _merge(model, state.dense_dtype, keep_base=True, quiet=True)
 
 
 def _switch(model: nn.Module, off: bool) -> None:
@@ -251,7 +246,6 @@ def _merge(
     model: nn.Module,
     dtype: torch.dtype | None,
     keep_base: bool,
-    subtract: bool = False,
     quiet: bool = False,
 ) -> float:
     state, root = patch_state(model), unwrap(model)
@@ -270,7 +264,7 @@ def _merge(
     dense = [part for part in parts if not part.is_quantized]
     _check_in_memory(dense)
     check_own_weights(root, [(part.name, part.base, part.weight) for part in dense])
-    merging = Merging(dtype or model_dtype(root), subtract, keep_base)
+    merging = Merging(dtype or model_dtype(root), keep_base)
     if not keep_base:  # this cannot be undone: check all results before the first write
         check_parts(parts, merging.dtype, "model")
     try:
@@ -278,7 +272,7 @@ def _merge(
     except BaseException:
         unmerge_rows(root)
         raise
-    state.merged, state.dense_dtype, state.subtract = largest, dtype, subtract
+    state.merged, state.dense_dtype = largest, dtype
     state.merged_of = adapter_checksums(root)
     if not quiet:
         warn_dequantized(merging.changes, stacklevel=3)

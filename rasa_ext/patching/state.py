@@ -13,7 +13,6 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import AdaptedModule
 from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaExperts
-from rasa_ext.patching.subtraction import checksum
 from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
@@ -24,6 +23,9 @@ _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclasses.dataclass
@@ -40,8 +42,6 @@ class PatchState:
     """Largest change of any weight while merged; None while not merged."""
     dense_dtype: torch.dtype | None = None
     """Dtype that the last merge was asked to give dequantized weights."""
-    subtract: bool = False
-    """Whether the last merge was asked to store no copy of the base's weights."""
     merged_of: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Checksums of the adapter's parameters at the last merge, by name."""
     disabled: int = 0
@@ -135,9 +135,13 @@ def check_merge_is_current(root: nn.Module) -> None:
 
 
 def adapter_checksums(root: nn.Module) -> dict[str, Tensor]:
-    """Return a checksum () of every adapter parameter by name, without waiting for the device."""
+    """Return the sum of the bits (), of every adapter parameter by name, without a wait."""
     adapters = parameters_of_adapters(root)
-    return {name: checksum(p) for name, p in root.named_parameters() if p in adapters}
+    return {
+        name: p.detach().contiguous().view(_BITS[p.itemsize]).sum(dtype=torch.int64)
+        for name, p in root.named_parameters()
+        if p in adapters
+    }
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:

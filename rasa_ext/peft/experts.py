@@ -11,7 +11,6 @@ from rasa_ext.base_layers.experts import is_transposed
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.patching.parts import Part, deltas_of, stack_parts
-from rasa_ext.patching.subtraction import MergeResidual
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
 
@@ -28,8 +27,8 @@ class RasaPeftExpertWeight(NamedAdapters):
         super().__init__()
         self.__dict__["experts"] = experts  # a reference, not a submodule
         self.name = name
-        # While merged: the original weights, or the entries that subtraction does not restore.
-        self.merged_base: dict[tuple[str, int], Tensor | MergeResidual] | None = None
+        # While merged: the original weights.
+        self.merged_base: dict[tuple[str, int], Tensor] | None = None
         self._begin()
         self.train(experts.training)
 

@@ -78,7 +78,6 @@ class RasaModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
     _inside = False
     """Whether the model has the adapters without a tuner, as ``model.add_adapter`` makes them."""
-    _subtracts = False
     _rows: RowAdapters | None = None
     _attributes_before: tuple[tuple[nn.Module, str, Any], ...] = ()
     _watching: Sequence[Any] = ()
@@ -310,16 +309,6 @@ class RasaModel(BaseTuner):
         own = cast(RasaConfig, self.peft_config[adapter_name])
         cast_rows(self.model, adapter_name, own.core().adapter_dtype)
 
-    def unmerge_by_subtracting(self, enabled: bool = True) -> None:
-        """Make later merges store no copy of the base's weights: unmerging then subtracts dW.
-
-        This holds for every merge, such as by a trainer that hands the weights on. Unmerging is
-        still exact: entries that subtraction does not restore are stored, few where dW is small
-        beside W. Do not change an adapter while it is merged: ``unmerge_adapter`` then raises
-        RuntimeError. A quantized base needs no copy in any case.
-        """
-        self._subtracts = enabled
-
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -353,7 +342,7 @@ class RasaModel(BaseTuner):
     @contextlib.contextmanager
     def _merging(self, stacklevel: int, keep: bool = True) -> Iterator[None]:
         """Within the context, merges make quantized bases dense in the model's dtype, and warn."""
-        merging = Merging(model_dtype(self.model), self._subtracts, keep)
+        merging = Merging(model_dtype(self.model), keep)
         for owner in self.owners():
             owner.merging = merging
         try:

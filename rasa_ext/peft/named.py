@@ -211,10 +211,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
             self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Restore the exact values that the base weight had before the first ``merge``.
-
-        Raises RuntimeError if unmerging subtracts and an adapter has changed since.
-        """
+        """Restore the exact values that the base weight had before the first ``merge``."""
         if self.merged:
             self._unmerge()
         else:

@@ -27,7 +27,7 @@ NOT_RUN = {
     "peft.md": 1,
     "quantized.md": 2,
     "reproduce.md": 1,
-    "rl.md": 2,
+    "rl.md": 1,
     "serving.md": 3,
     "solver.md": 1,
     "sora.md": 1,

@@ -77,10 +77,10 @@ def test_a_merged_model_computes_what_the_adapted_one_does(family, grouping, chu
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_subtracting_restores_every_expert(grouping):
+def test_unmerging_restores_every_expert(grouping):
     model = patched(base_model("gpt_oss", torch.bfloat16), experts=grouping)
     before, expected = Snapshot(model), output(model)
-    rasa_ext.merge(model, subtract=True)
+    rasa_ext.merge(model)
     assert not torch.equal(output(model), expected)
     rasa_ext.unmerge(model)
     before.assert_unchanged()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -84,12 +82,9 @@ def test_layers_of_a_group_may_differ(call, monkeypatch):
         before.assert_unchanged()
 
 
-subtracting = functools.partial(rasa_ext.merge, subtract=True)
-
-
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("when", [1, 2, 3])
-@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload, subtracting])
+@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
 def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
     """merge restores weights when interrupted; merge_and_unload first checks copies."""
     model = patched(nn.Sequential(*(nn.Linear(8, 6) for _ in range(3))))

@@ -59,13 +59,12 @@ def test_what_is_trained_and_told(entry):
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
-@pytest.mark.parametrize("subtract", [False, True])
-def test_merge_and_back(entry, subtract):
+def test_merge_and_back(entry):
     model, inputs = with_moved_rows(entry), entry.inputs(0)
     before = Snapshot(model)
     y = entry.call(model, **inputs)
     rows = model.get_submodule(TABLES[entry.name][0]).rows
-    rasa_ext.merge(model, subtract=subtract)
+    rasa_ext.merge(model)
     tables = [model.get_submodule(name).weight for name in TABLES[entry.name]]
     assert all(torch.equal(table[IDS], rows) for table in tables)
     torch.testing.assert_close(entry.call(model, **inputs), y, rtol=1e-3, atol=1e-3)
