@@ -1,12 +1,13 @@
 """Check the machine code of every kernel against PROMISES, on four architectures.
 
-    python -m tests.build.sass [--write]
+    python -m tests.build.sass [--write] [--built DIR]
 
-Compiles csrc/cuda/*.cu with nvcc and disassembles with nvdisasm (from a CUDA toolkit or the package
-nvidia-cuda-nvdisasm). Fails if a kernel spills, uses local memory or atomics, lacks the wide
-accesses or tensor core instructions in PROMISES, has fewer loads in flight, or does not fit on a
-multiprocessor. Also fails if the table of kernels in benchmarks/results/machine-code.md is out of
-date; ``--write`` updates it. No GPU is needed.
+Compiles csrc/cuda/*.cu with nvcc, or takes the kernels from the library that check_build.py --keep
+DIR has built. Disassembles with nvdisasm. nvdisasm and cuobjdump are from a CUDA toolkit, or from
+the packages nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump. Fails if a kernel spills, uses local
+memory or atomics, lacks the wide accesses or tensor core instructions in PROMISES, has fewer loads
+in flight, or does not fit on a multiprocessor. Also fails if the table of kernels in
+benchmarks/results/machine-code.md is out of date; ``--write`` updates it. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from build_support import toolchain
-from tests.build.check_build import ARCHS, ROOT, Kernel, Report, read_ptxas, run
+from tests.build.check_build import ARCHS, LIBRARY, LOG, ROOT, Kernel, Report, read_ptxas, run
 from tests.build.sass_code import Code, loads_in_flight, read
 
 PAGE = ROOT / "benchmarks" / "results" / "machine-code.md"
@@ -98,9 +100,10 @@ class Row(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help=f"put the table into {NAME}")
+    parser.add_argument("--built", type=Path, help="read this library instead of compiling")
     given = parser.parse_args()
     report = Report()
-    compiled = compile_all()
+    compiled = read_all(given.built) if given.built else compile_all()
     promises = promises_of({row.name for rows in compiled.values() for row in rows})
     for arch in ARCHS:
         found = [
@@ -128,35 +131,59 @@ def main() -> int:
 
 def compile_all() -> dict[str, list[Row]]:
     """Compile the kernels for every architecture, and return them by architecture."""
-    nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
+    nvcc = find_nvcc()
     sources = sorted((ROOT / "csrc").glob("**/*.cu"))
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             arch: [
-                pool.submit(compile_one, nvcc, nvdisasm, source, arch, Path(scratch))
-                for source in sources
+                pool.submit(compile_one, nvcc, source, arch, Path(scratch)) for source in sources
             ]
             for arch in ARCHS
         }
-        rows = {arch: [row for job in each for row in job.result()] for arch, each in jobs.items()}
-    return {arch: sorted(each, key=lambda row: order(row.name)) for arch, each in rows.items()}
+        return {
+            arch: in_order(row for job in each for row in job.result())
+            for arch, each in jobs.items()
+        }
 
 
-def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, scratch: Path) -> list[Row]:
+def compile_one(nvcc: Path, source: Path, arch: str, scratch: Path) -> list[Row]:
     """Compile the kernels of one file, with the options of build_support/extension.py."""
     cubin = scratch / f"{source.stem}.{arch}.cubin"
     options = ["-O3", "-std=c++17", "--ptxas-options=-v", "-cubin", f"-arch={arch}"]
     log = run([str(nvcc), *options, "-I", str(ROOT / "csrc"), "-o", str(cubin), str(source)])
-    ptxas = {kernel.name: kernel for kernel in read_ptxas(log)}
-    codes = list(read(run([str(nvdisasm), "--print-code", str(cubin)])))
-    names = demangled([code.name for code in codes])
+    return disassemble(cubin, {kernel.name: kernel for kernel in read_ptxas(log)})
+
+
+def read_all(built: Path) -> dict[str, list[Row]]:
+    """Read the kernels of a library that check_build.py has kept, by architecture."""
+    reports: dict[str, dict[str, Kernel]] = {arch: {} for arch in ARCHS}
+    for kernel in read_ptxas((built / LOG).read_text()):
+        reports[kernel.arch][kernel.name] = kernel
+    library = (built / LIBRARY.name).resolve()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        run([str(find_tool("cuobjdump")), "-xelf", "all", str(library)], cwd=scratch)
+        jobs = {
+            arch: [
+                pool.submit(disassemble, cubin, reports[arch])
+                for cubin in sorted(Path(scratch).glob(f"*.{arch}.cubin"))
+            ]
+            for arch in ARCHS
+        }
+        return {
+            arch: in_order(row for job in each for row in job.result())
+            for arch, each in jobs.items()
+        }
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: order(row.name))
+
+
+def disassemble(cubin: Path, ptxas: Mapping[str, Kernel]) -> list[Row]:
+    codes = list(read(run([str(find_tool("nvdisasm")), "--print-code", str(cubin)])))
+    names = map(short, demangled([code.name for code in codes]))
     return [
-        Row(
-            short(name),
-            code,
-            ptxas[code.name],
-            shared_bytes(log, code.name) + ring_bytes(short(name)),
-        )
+        Row(name, code, ptxas[code.name], ptxas[code.name].shared + ring_bytes(name))
         for name, code in zip(names, codes, strict=True)
     ]
 
@@ -168,19 +195,17 @@ def find_nvcc() -> Path:
         raise SystemExit(f"nvcc: {missing}.") from None
 
 
-def find_nvdisasm() -> Path:
-    """Find nvdisasm beside nvcc, on PATH, or in a package of this Python."""
-    candidates = [
-        find_nvcc().parent / "nvdisasm",
-        *map(Path, filter(None, [shutil.which("nvdisasm")])),
-    ]
+@cache
+def find_tool(name: str) -> Path:
+    """Find nvdisasm or cuobjdump beside nvcc, on PATH, or in a package of this Python."""
+    candidates = [find_nvcc().parent / name, *map(Path, filter(None, [shutil.which(name)]))]
     for folder in (sysconfig.get_path("purelib"), *site.getsitepackages()):
-        candidates += sorted(Path(folder).glob("nvidia/*/bin/nvdisasm"))
+        candidates += sorted(Path(folder).glob(f"nvidia/*/bin/{name}"))
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return candidate
     raise SystemExit(
-        "nvdisasm is neither beside nvcc nor on PATH; pip install nvidia-cuda-nvdisasm brings it."
+        f"{name} is neither beside nvcc nor on PATH; pip install nvidia-cuda-{name} brings it."
     )
 
 
@@ -205,13 +230,6 @@ def order(name: str) -> tuple:
     rank = {"double": 0, "float": 1, "half": 2, "bf16": 3}
     parts = re.findall(r"\w+", types)
     return kernel, [rank.get(part, int(part) if part.isdigit() else 9) for part in parts]
-
-
-def shared_bytes(log: str, kernel: str) -> int:
-    """Return a kernel's static shared memory in bytes, from ptxas's report."""
-    said = log.partition(f"Compiling entry function '{kernel}'")[2].partition("Compiling entry")[0]
-    found = re.search(r"(\d+) bytes smem", said)
-    return int(found[1]) if found else 0
 
 
 def promises_of(names: Iterable[str]) -> dict[str, Promise]:
