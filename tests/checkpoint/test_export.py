@@ -16,9 +16,11 @@ from tests.helpers.models import (
     BERT,
     ENCODER,
     FAMILIES,
+    GEMMA,
     GPT2,
     LLAMA,
     T5,
+    TIED,
     TIED_LLAMA,
     VIT,
     Entry,
@@ -27,6 +29,7 @@ from tests.helpers.models import (
 )
 from tests.helpers.peft import load_in_peft
 from tests.helpers.refusals import refused
+from tests.helpers.trained_tokens import IDS, with_moved_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",
@@ -181,3 +184,91 @@ def test_what_was_unfrozen_by_hand_is_refused(tmp_path):
     ):
         refused(call, model, r"model: .*model\.norm\.weight .*modules_to_save .*merge_and_unload")
     assert not [*tmp_path.iterdir()]
+
+
+BASE = LLAMA.build()
+ROWS = "trainable_token_indices"
+INSTEAD = r"save what rasa_ext\.merge_and_unload"
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "warning"),
+    [
+        (GPT2, {}, f"Conv1D .* vLLM cannot.*{INSTEAD}"),
+        (LLAMA, {"modules_to_save": ["lm_head"]}, rf"modules_to_save \(lm_head\), .*{INSTEAD}"),
+        (LLAMA, {"target_modules": ["q_proj", "o_proj"]}, "q_proj .* v_proj in 3 layers.*SGLang"),
+        (TIED_LLAMA, {"target_modules": ["q_proj", "v_proj", "lm_head"]}, "lm_head .*llama.cpp"),
+        # PEFT ties weights only by the model's config, and its token wrappers drop a head's bias.
+        (TIED, {ROWS: [5]}, "PEFT does not use the trained rows of embed in readout"),
+        (BERT, {ROWS: {"classifier": [1]}}, "PEFT leaves out the bias of classifier"),
+    ],
+    ids=["Conv1D", "modules_to_save", "q alone", "tied head", "tied rows", "biased rows"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_reader_refuses_is_warned_of(entry, options, warning, tmp_path):
+    with pytest.warns(UserWarning, match=warning):
+        rasa_ext.export_lora(patched(entry.build(), **options), tmp_path, allow_dropped=True)
+
+
+DROPPED = {
+    "final norm": ({"modules_to_save": ["norm"]}, r"llama\.cpp.*\(model\.norm\.weight\)"),
+    "norms of layers": (
+        {"modules_to_save": ["input_layernorm", "lm_head"]},
+        r"llama\.cpp.*\(model\.layers\.0\.input_layernorm\.weight, .*\)",
+    ),
+    "k, v without q": ({"target_modules": ["k_proj", "v_proj"]}, "k_proj .* q_proj .*SGLang"),
+    "v without q": ({"target_modules": ["v_proj", "o_proj"]}, "v_proj .* q_proj .*SGLang"),
+    "rows": ({ROWS: [5, 30]}, r"SGLang .*trained rows of model\.embed_tokens"),
+    "up without gate": ({"target_modules": ["up_proj"]}, "up_proj .* gate_proj .*SGLang"),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_what_a_reader_would_drop_is_not_written_unless_asked(case, tmp_path):
+    """The reader would load the folder but silently apply only a part of the adapter."""
+    options, message = DROPPED[case]
+    model = patched(BASE, **options)
+    with pytest.raises(ValueError, match=f"{message}.*{INSTEAD}.*allow_dropped=True"):
+        rasa_ext.export_lora(model, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    with pytest.warns(UserWarning, match=f"{message}.*{INSTEAD}"):
+        rasa_ext.export_lora(model, tmp_path, allow_dropped=True)
+    assert changes_in(tmp_path).keys() == adapters(model).keys()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"], ["gate_proj"]],
+    ids=str,
+)
+def test_what_every_reader_takes_is_not_warned_of(targets, tmp_path, recwarn):
+    rasa_ext.export_lora(patched(BASE, target_modules=targets), tmp_path)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+TRAINED_ROWS = [
+    (LLAMA, IDS),
+    (LLAMA, {"embed_tokens": IDS, "lm_head": [1, 5]}),
+    (GPT2, IDS),
+    (T5, IDS),
+    (BERT, IDS),
+    (GEMMA, [*IDS, 0]),
+]
+
+
+@pytest.mark.parametrize(("entry", "given"), TRAINED_ROWS)
+@pytest.mark.filterwarnings("ignore:groups")
+def test_peft_computes_with_trained_rows(entry, given, tmp_path):
+    model = with_moved_rows(entry, given)
+    expected = entry.call(model, **entry.inputs(0)).log_softmax(-1)
+    base = entry.build().eval()
+    far = (entry.call(base, **entry.inputs(0)).log_softmax(-1) - expected).abs().max()
+    with pytest.warns(UserWarning, match=r"SGLang .*trained rows"):
+        rasa_ext.export_lora(model, tmp_path, allow_dropped=True)
+    assert read(tmp_path)[0]["trainable_token_indices"].keys() == {
+        names.partition(",")[0] for names in rasa_ext.summary(model).tokens
+    }
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    found = entry.call(loaded, **entry.inputs(0)).log_softmax(-1)
+    assert (found - expected).abs().max() < 1e-4 * far
+    assert rasa_ext.export_size(model) == sum(t.nbytes for t in read(tmp_path)[1].values())

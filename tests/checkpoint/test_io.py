@@ -7,6 +7,8 @@ import functools
 import json
 import os
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import rasa_ext
 import rasa_ext.peft  # PEFT then reads adapters
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest, read_tensors
+from rasa_ext.patching import owners
 from tests.helpers import experts
-from tests.helpers.adapter_folders import edit, not_loaded
+from tests.helpers.adapter_folders import edit, not_loaded, read
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,
@@ -36,12 +40,15 @@ from tests.helpers.models import (
     GPT2,
     LLAMA,
     SEQUENTIAL,
+    T5,
     TIED,
     TWO_NAMES,
     ids,
     logits,
 )
+from tests.helpers.peft_sides import needs_experts
 from tests.helpers.refusals import Snapshot, refused
+from tests.helpers.trained_tokens import IDS, TABLES, with_moved_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -87,10 +94,13 @@ ADAPTED += [
     for family, g, k in EXPERTS
 ]
 
+ROWS = [LLAMA, GPT2, T5, BERT, TIED]
+ADAPTED += [(entry, lambda base, entry=entry: with_moved_rows(entry)) for entry in ROWS]
+NAMES = ["llama", *(f"{f}-{g}-{k}" for f, g, k in EXPERTS), *(f"{e.name}-rows" for e in ROWS)]
 
-@pytest.mark.parametrize(
-    ("entry", "adapt"), ADAPTED, ids=["llama", *(f"{f}-{g}-{k}" for f, g, k in EXPERTS)]
-)
+
+@pytest.mark.filterwarnings("ignore:groups")
+@pytest.mark.parametrize(("entry", "adapt"), ADAPTED, ids=NAMES)
 def test_loading_into_a_base_or_over_an_adapter(entry, adapt, tmp_path):
     model = adapt(entry.build())
     rasa_ext.save_adapter(model, tmp_path)
@@ -108,17 +118,52 @@ def test_loading_into_a_base_or_over_an_adapter(entry, adapt, tmp_path):
     assert [id(p) for p in same.parameters()] == identities
 
 
+def tied_rows(given=IDS):
+    return with_moved_rows(TIED, given)
+
+
+def smaller():
+    model = TIED.build()
+    model.embed = nn.Embedding(30, 12)
+    return model
+
+
 @pytest.mark.parametrize(
     ("adapted", "other", "said"),
     [
         (lambda: patched(LLAMA.build()), lambda: patched(LLAMA.build(), 4, 2), r"k: 2, 1.*unpatch"),
         (mixture, lambda: mixture("shared"), "experts: 'shared', 'slot'"),
         (mixture, lambda: experts.model(num_local_experts=6), r"gate_up_proj\.rasa_"),
+        (tied_rows, lambda: tied_rows([1, 2]), r"differs .* trainable_token_indices"),
+        (tied_rows, smaller, "trainable_token_indices: expected indices below 30"),
     ],
 )
 def test_another_adapter_or_model(adapted, other, said, tmp_path):
     rasa_ext.save_adapter(adapted(), tmp_path)
     not_loaded(rasa_ext.load_adapter, other(), tmp_path, said)
+
+
+@pytest.mark.parametrize("entry", ROWS, ids=ids)
+@pytest.mark.filterwarnings("ignore:groups")
+def test_trained_rows_are_written_once_under_their_owner(entry, tmp_path):
+    model, owner = with_moved_rows(entry), TABLES[entry.name][0]
+    rasa_ext.save_adapter(model, tmp_path)
+    config, tensors = read(tmp_path)
+    assert config["trainable_token_indices"] == IDS
+    rows = tensors[f"base_model.model.{owner}.token_adapter.trainable_tokens_delta"]
+    assert same_bits(rows, model.get_submodule(owner).rows.detach())
+    assert not [key for key in tensors if key.endswith("embed.weight")]
+
+
+def test_rows_over_another_table(tmp_path):
+    """Files store the rows themselves, not changes, so the base's old rows do not matter."""
+    model, base = with_moved_rows(TIED), TIED.build()
+    rasa_ext.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        base.embed.weight[IDS] = 7.0
+    loaded = rasa_ext.load_adapter(base, tmp_path)
+    x = TIED.inputs(0)
+    assert torch.equal(TIED.call(loaded, **x), TIED.call(model, **x))
 
 
 def test_a_file_without_experts_says_nothing_of_them(tmp_path):
@@ -213,9 +258,13 @@ def test_unfrozen_weights_of_merged_layers_are_refused(tmp_path):
     assert content(tmp_path / "free") == content(tmp_path / "again")
 
 
-@pytest.mark.parametrize("entry", [LLAMA, TWO_NAMES], ids=ids)
-def test_saving_while_merged(entry, tmp_path):
-    model = patched(entry.build())
+@pytest.mark.parametrize(
+    "make",
+    [lambda: patched(LLAMA.build()), lambda: patched(TWO_NAMES.build()), tied_rows],
+    ids=["llama", "two names", "rows"],
+)
+def test_saving_while_merged(make, tmp_path):
+    model = make()
     rasa_ext.save_adapter(model, tmp_path / "free")
     rasa_ext.merge(model)
     rasa_ext.save_adapter(model, tmp_path / "merged")
@@ -349,3 +398,56 @@ def test_a_file_without_a_digest_loads(tmp_path):
     rasa_ext.save_adapter(model, tmp_path)
     _edit(lambda tensors: None)(tmp_path)
     assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), model)
+
+
+WRITTEN = Path(__file__).parent / "written"
+"""Adapters written while a group's first layer owned the pool: folders of ``save_adapter`` and of
+PEFT, and a whole model's state."""
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 10,
+}
+OLD_EXPERTS = ["experts_slot", "experts_layer", "experts_shared", "peft_experts"]
+OLD = ["rasa", "pool_only", "lora", "peft"]
+
+
+def old_base(folder: str) -> nn.Module:
+    if folder in OLD_EXPERTS:
+        config = MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+        return MixtralForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+@pytest.mark.parametrize(
+    "folder", [*OLD, *(pytest.param(each, marks=needs_experts) for each in OLD_EXPERTS)]
+)
+def test_an_adapter_written_before_is_read_and_written_again(folder, tmp_path):
+    model = rasa_ext.load_adapter(old_base(folder), WRITTEN / folder)
+    written = load_file(WRITTEN / folder / WEIGHTS)
+    for name, owner in owners(model):
+        for field, tensor in owner.own_tensors().items():
+            assert same_bits(tensor, written[f"base_model.model.{name}.rasa_{field}"])
+    assert any(".rasa_pool_" in key for key in written) or folder == "lora"
+    rasa_ext.save_adapter(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        peft = PeftModel.from_pretrained(old_base(folder), WRITTEN / folder)
+    peft.save_pretrained(tmp_path / "peft")
+    for name in ("ours", "peft"):
+        again = load_file(tmp_path / name / WEIGHTS)
+        assert again.keys() == written.keys()
+        assert all(same_bits(again[key], written[key]) for key in written)
+
+
+def test_a_whole_model_written_before_is_read(tmp_path):
+    expected = rasa_ext.load_adapter(old_base("rasa"), WRITTEN / "rasa")
+    config = rasa_ext.patching.state.patch_state(expected).config
+    model = rasa_ext.patch_model(old_base("rasa"), config=config)
+    rasa_ext.load_adapter(model, WRITTEN / "whole")
+    for found, other in zip(owners(model), owners(expected), strict=True):
+        pairs = zip(found[1].adapter().sources(), other[1].adapter().sources(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)

@@ -268,19 +268,6 @@ def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("missing.jsonl", r"data: expected a file .*missing\.jsonl does not exist"),
-        ("", "is a directory"),
-        ("some/set", "'some/set' is neither a file nor a hub data set that can be loaded"),
-    ],
-)
-def test_names_of_no_data(name, said, tmp_path):
-    with pytest.raises(DataError, match=said):
-        read_examples(name if "/" in name else str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
     ("row", "prompt"),
     [
         ({"asked": "Add.", "given": "2, 2"}, "Add.\n\n2, 2"),
@@ -358,11 +345,14 @@ def test_plain_text_stays_apart_from_questions_and_answers():
         ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
         ("d.txt", "\n \n", "expected at least one example"),
         ("d.jsonl", "", "got an empty file"),
+        ("missing.jsonl", None, r"data: expected a file .*missing\.jsonl does not exist"),
+        ("", None, "is a directory"),
+        ("some/set", None, "'some/set' is neither a file nor a hub data set that can be loaded"),
         ("d.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}\n', "line 2: expected an object"),
     ],
 )
-def test_files_that_do_not_parse(name, content, message, tmp_path):
-    data = content.encode() if isinstance(content, str) else content
-    (tmp_path / name).write_bytes(data)
+def test_files_that_do_not_parse_or_are_none(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
-        read_examples(str(tmp_path / name))
+        read_examples(name if "/" in name else str(tmp_path / name))

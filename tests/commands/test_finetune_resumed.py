@@ -1,4 +1,4 @@
-"""finetune: runs that stop, resume to the same results, or replace others; several processes."""
+"""finetune: runs that stop, resume from the newest whole checkpoint, or replace others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 import rasa_ext
 from rasa_ext.commands import callbacks
+from rasa_ext.commands.checkpoints import newest_whole
 from rasa_ext.commands.options import FinetuneOptions
-from tests.helpers.adapters import content
+from tests.helpers.adapters import content, patched
 from tests.helpers.cli import invoke
 from tests.helpers.finetuning import (
     assert_same_runs,
@@ -227,3 +229,82 @@ def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
     write_jsonl(data, sums(9)[1:])
     with pytest.raises(ValueError, match=r"resume: .* other options: sha256_of_data \('\w+' bef"):
         run(options, max_steps=1, data=str(data), resume=True)
+
+
+@pytest.fixture
+def stopped(tmp_path) -> Path:
+    """An output folder with checkpoints of steps 9 and 10, with Trainer's file names."""
+    model = patched(make_model(), 4, 1)
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        rasa_ext.save_adapter(model, folder)
+        optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model))
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save({"last_epoch": step}, folder / "scheduler.pt")
+        torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+        (folder / "run.json").write_text(json.dumps({"rank": 4}))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-best").mkdir()
+    return tmp_path
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rot(path: Path) -> None:
+    """Change the middle half of a file; the ends, which identify the format, stay."""
+    data = path.read_bytes()
+    quarter = len(data) // 4
+    other = bytes(byte ^ 0xFF for byte in data[quarter:-quarter])
+    path.write_bytes(data[:quarter] + other + data[-quarter:])
+
+
+def found(stopped: Path) -> tuple[Path, str]:
+    """Return the chosen checkpoint and the printed text."""
+    text = io.StringIO()
+    return newest_whole(stopped, Console(file=text, width=1000)), text.getvalue()
+
+
+def test_the_newest_is_taken(stopped):
+    assert found(stopped) == (
+        stopped / "checkpoint-10",
+        f"Resuming from {stopped / 'checkpoint-10'}.\n",
+    )
+
+
+@pytest.mark.parametrize("damage", [cut, rot, Path.unlink])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_damaged_newest_is_named_and_the_one_before_taken(name, damage, stopped):
+    damage(stopped / "checkpoint-10" / name)
+    last, before = stopped / "checkpoint-10", stopped / "checkpoint-9"
+    assert found(stopped) == (before, f"{last} is damaged.\nResuming from {before}.\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["rng_state.pth", "trainer_state.json", "adapter_config.json", "run.json"]
+)
+def test_small_files_that_are_cut(name, stopped):
+    cut(stopped / "checkpoint-10" / name)
+    assert found(stopped)[0] == stopped / "checkpoint-9"
+
+
+def test_random_states_may_be_missing(stopped):
+    """Trainer does not need them."""
+    (stopped / "checkpoint-10" / "rng_state.pth").unlink()
+    assert found(stopped)[0] == stopped / "checkpoint-10"
+
+
+def test_none_is_whole(stopped):
+    for step in (9, 10):
+        cut(stopped / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(ValueError, match="but all 2 are damaged; start without --resume"):
+        found(stopped)
+
+
+def test_there_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*found none"):
+        found(tmp_path)

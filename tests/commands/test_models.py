@@ -191,21 +191,21 @@ def test_greedy_answers_do_not_depend_on_batching():
         assert greedy_answers(model, tokenizer, prompts, 6, batch_size) == alone
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("12", 12),
-        ("The answer is 12.", 12),
-        ("5+4=9, 9-2=7", 7),
-        ("there are 1,200 left", 1200),
-        ("it is -3", -3),
-        ("2.5", 2.5),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_last_number(text, number):
-    assert last_number(text) == number
+NUMBERS = {
+    "12": 12,
+    "The answer is 12.": 12,
+    "5+4=9, 9-2=7": 7,
+    "there are 1,200 left": 1200,
+    "it is -3": -3,
+    "2.5": 2.5,
+    "none": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_last_number(text):
+    assert last_number(text) == NUMBERS[text]
 
 
 def test_exact_match_counts_whole_answers():

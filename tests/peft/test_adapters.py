@@ -23,18 +23,6 @@ from tests.helpers.refusals import Snapshot
 from tests.helpers.tiny_lm import make_model
 
 
-@sides("mixtral")
-def test_switching(side):
-    model = side.two()
-    side.close(model(side.tokens).logits, side.dense(model, "default"))
-    for name in [*model.peft_config] * 2:  # the second time uses the cached packs
-        model.set_adapter(name)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                side.close(model(side.tokens).logits, side.dense(model, name))
-        assert all(key.endswith(f".{name}") for key in trained(model))
-
-
 @pytest.mark.parametrize("order", [1, -1])
 @sides("mixtral")
 def test_several_at_once_add_up_and_are_all_trained(side, order):

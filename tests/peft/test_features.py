@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
+from tests.helpers import oracle
 from tests.helpers.adapters import RANK, same_bits
 from tests.helpers.peft import TOKENS, close, dense, layers, logits, tiny, trained, two
 from tests.helpers.peft_sides import FAMILIES, sides
@@ -57,8 +58,12 @@ def test_status_by_layer():
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_the_configs_dtype_holds_whatever_peft_is_asked_for(autocast, tmp_path):
-    base = make_model().bfloat16()
-    model = get_peft_model(base, RasaConfig(r=RANK), autocast_adapter_dtype=autocast)
+    """Nothing is rounded to bfloat16, which cannot represent the initial diagonal."""
+    config = RasaConfig(r=RANK, rasa_alpha=3.3)
+    model = get_peft_model(make_model().bfloat16(), config, autocast_adapter_dtype=autocast)
+    assert model(TOKENS).logits.dtype == torch.bfloat16
+    for layer in layers(model).values():
+        assert torch.equal(layer.rasa_d["default"], oracle.initial_d(RANK, 1, 2, 3.3).float())
     model.add_adapter("second", RasaConfig(r=2, adapter_dtype="bfloat16"))
     dtypes = {"default": torch.float32, "second": torch.bfloat16}
     for key, parameter in model.named_parameters():

@@ -106,18 +106,6 @@ def test_what_cannot_be_adapted_is_named_and_nothing_changes(entry, options, mes
     refused(lambda: get_peft_model(model, RasaConfig(r=RANK, **options)), model, message)
 
 
-def test_bfloat16_bases_keep_float32_numbers():
-    """Nothing is rounded to bfloat16, which cannot represent the initial diagonal."""
-    model = get_peft_model(make_model().bfloat16(), RasaConfig(r=RANK, rasa_alpha=3))
-    for p in trained(model).values():
-        assert p.dtype == torch.float32
-    assert torch.equal(
-        next(iter(layers(model).values())).adapter().factors()[-1],
-        torch.tensor([0.5, 0.5, 0.5, 0.75, 0.75]),
-    )
-    assert model(TOKENS).logits.dtype == torch.bfloat16
-
-
 def test_dropout_is_on_the_adapters_input_in_training_only():
     model = tiny(rasa_dropout=0.5)
     model.eval()

@@ -20,8 +20,8 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapters, patched, plain_model, same_bits, trainable_copies
 from tests.helpers.adapters import randomize as fill
 from tests.helpers.peft import close, dense, logits, parameters, tiny, trained
-from tests.helpers.tiny_lm import make_tokenizer, save_base, sums
-from tests.helpers.trainers import QUIET
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
+from tests.helpers.trainers import QUIET, sft_trainer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -248,3 +248,16 @@ def test_a_reward_model_s_head_is_saved_with_the_adapter(folder, tmp_path):
         assert torch.equal(logits(loaded), logits(running.model))
         loaded = PeftModel.from_pretrained(load("Reward", folder), tmp_path / place)
         assert torch.equal(logits(loaded), logits(running.model))
+
+
+def test_an_adapted_output_head_is_trained(tmp_path):
+    """The trainer's loss reads the head's weight and does not call the head."""
+    model = patched(make_model(), target_modules=["q_proj", "lm_head"])
+    twin = copy.deepcopy(model)
+    options = {"max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    running = sft_trainer(model, tmp_path, per_device_train_batch_size=16, **options)
+    twin(**next(iter(running.get_train_dataloader()))).loss.backward()
+    running.train()
+    for name, before in adapters(twin).items():
+        for found, start in zip(adapters(model)[name], before, strict=True):
+            torch.testing.assert_close(found, start - 1e-2 * start.grad)
