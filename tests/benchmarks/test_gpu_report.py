@@ -14,12 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import block, gpu_report, linears, once, predict, records, shapes, staged
+from benchmarks import block, gpu_report, linears, once, records, shapes, staged
 from rasa_ext import RasaLinear, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ("step", "one linear", "all layers", "decode", "growth", "profile")
-CARD = "NVIDIA H100 80GB HBM3"
 
 
 def test_every_stage_runs_and_leaves_its_rows(tmp_path, forked_python):
@@ -136,12 +135,3 @@ def test_projections_are_fused_in_ours_alone(monkeypatch):
         together.clear()
         case.step(module)()
         assert together == ([3, 2] if name == "ours, fused" else []), name
-
-
-def test_a_step_has_what_was_predicted_beside_it():
-    row = {"what": "step", "block": "llama-3.1-8b", "M": 8192, "r": 8, "R": 39, "variant": "ours"}
-    found = staged.with_prediction(row, CARD)
-    fused = predict.step("llama-3.1-8b", 8192, 8, "H100", "ours fused")
-    assert found["predicted_us"] == pytest.approx(1e3 * fused.ms)
-    for other in ({**row, "variant": "ours (PyTorch)"}, {**row, "what": "decode"}):
-        assert staged.with_prediction(other, CARD) == other
