@@ -12,11 +12,13 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.base_layers.sharded import whole as gathered
+from tests.helpers import experts
 from tests.helpers.adapters import patched
 from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 from tests.helpers.processes import adapter_difference
@@ -110,6 +112,15 @@ def test_patching_a_sharded_base(mesh):
     model = fully_shard(SEQUENTIAL.build(), mesh=mesh)
     with pytest.raises(ValueError, match=r"^target_modules: '0'.*sharded.*first"):
         rasa_ext.patch_model(model)
+
+
+def test_patching_sharded_experts(mesh):
+    model = experts.model()
+    module = list(experts.experts_of(model).values())[1]
+    module.down_proj = nn.Parameter(distribute_tensor(module.down_proj.data, mesh))
+    with pytest.raises(ValueError, match=r"^experts: .*down_proj' is sharded"):
+        rasa_ext.patch_model(model, 3, 1, experts="slot")
+    assert not experts.adapted(model)
 
 
 @pytest.mark.parametrize("ran", [False, True])

@@ -7,9 +7,7 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
 import rasa_ext
 from tests.helpers import experts
@@ -160,21 +158,6 @@ def test_weights_that_cannot_be_adapted(change, said):
         skipped = rasa_ext.summary(rasa_ext.patch_model(model, 3, 1)).skipped
     advised = [name for name, reason in skipped.items() if "the argument experts" in reason]
     assert 2 <= len(advised) < 4  # not for weights that it would refuse
-
-
-def test_sharded_weights():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
-        model = experts.model()
-        module = list(experts.experts_of(model).values())[1]
-        module.down_proj = nn.Parameter(distribute_tensor(module.down_proj.data, mesh))
-        before = list(map(id, model.modules()))
-        with pytest.raises(ValueError, match=r"^experts: .*down_proj' is sharded over processes"):
-            rasa_ext.patch_model(model, 3, 1, experts="slot")
-        assert list(map(id, model.modules())) == before
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_second_patch():

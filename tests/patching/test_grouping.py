@@ -164,20 +164,13 @@ def test_every_parameter_has_one_place(entry):
     base = entry.build()
     plain = len(base.state_dict())
     model = rasa_ext.patch_model(base, RANK, 2)
-    named = list(model.named_parameters(remove_duplicate=False))
-    for parameter in rasa_ext.adapter_parameters(model):
-        places = [name for name, other in named if other is parameter]
-        owners = {id(model.get_submodule(name.rpartition(".")[0])) for name in places}
-        assert len(owners) == 1
-        assert places
-    layers = adapted_layers(model).values()
-    for index, pool in enumerate(dict.fromkeys(layer.pool for layer in layers)):
+    owned = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
+    assert all(owned.count(id(p)) == 1 for p in rasa_ext.adapter_parameters(model))
+    form = "rasa_pool_{}_{}" if isinstance(model, nn.Sequential) else "rasa_pools.{}.{}"
+    pools = dict.fromkeys(layer.pool for layer in adapted_layers(model).values())
+    for index, pool in enumerate(pools):
         for name in "AB":
-            own = (
-                model.get_parameter(f"rasa_pool_{index}_{name}")
-                if isinstance(model, torch.nn.Sequential)
-                else model.get_parameter(f"rasa_pools.{index}.{name}")
-            )
+            own = model.get_parameter(form.format(index, name))
             assert own is getattr(pool, name) is pool.tensors()[name]
     if entry is not TWO_NAMES:  # the state dict has this layer twice
         assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))
