@@ -104,14 +104,6 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32():
     assert torch.equal(module.rows.grad, torch.full((1, 2), 1001.0))
 
 
-def test_autocast():
-    module, dense, x = case("head", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, expected = module(x), dense(x)
-    assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-6)
-
-
 def tied():
     embedding = drawn(nn.Embedding(12, 6, **ALL))
     head = nn.Linear(6, 12, bias=False, **ALL)
