@@ -64,20 +64,12 @@ def test_a_model_that_is_no_module(thing):
         rasa_ext.patch_model(thing)
 
 
-@pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        (nn.Linear(3, 3), "linear"),
-        (nn.Sequential(nn.ReLU()), "linear"),
-        (nn.Embedding(4, 4), "linear"),
-        (
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.GRU(4, 4)),
-            r"none of the model's 0\. 0 \(Conv2d\), 1 \(GRU\): not linear layers;",
-        ),
-    ],
-)
-def test_a_model_without_linear_layers_to_replace(model, said):
-    refused(lambda: rasa_ext.patch_model(model), model, said)
+OTHERS = [nn.Linear(3, 3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.GRU(4, 4)), nn.Embedding(4, 4)]
+
+
+@pytest.mark.parametrize("model", OTHERS, ids=str)
+def test_a_model_without_linear_layers_to_replace(model):
+    refused(lambda: rasa_ext.patch_model(model), model, "linear")
 
 
 def test_config_and_arguments_together():

@@ -78,11 +78,6 @@ def test_config_equals_arguments():
     ("entry", "options", "expected"),
     [
         (LLAMA, {"target_modules": ["q_proj"]}, llama("self_attn.q_proj")),
-        (
-            LLAMA,
-            {"target_modules": ("mlp.up_proj", "k_proj")},
-            llama("self_attn.k_proj", "mlp.up_proj"),
-        ),
         (LLAMA, {"target_modules": ["lm_head"]}, ["lm_head"]),
         (LLAMA, {"target_modules": ["layers.1.mlp.up_proj"]}, llama("mlp.up_proj", layers=[1])),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -68,12 +69,8 @@ def test_what_cannot_be_adapted(family, names):
     assert all(p.grad is not None for p in rasa_ext.adapter_parameters(model))
     rasa_ext.merge(model)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
-    refused(
-        lambda: rasa_ext.patch_model(base, target_modules=names[:1]),
-        base,
-        f"target_modules: cannot adapt .*{names[0]}",
-        word,
-    )
+    call = functools.partial(rasa_ext.patch_model, base, target_modules=names[:1])
+    refused(call, base, f"^target_modules: .*{names[0]}", word)
 
 
 class OwnForward(nn.Linear):

@@ -172,8 +172,6 @@ def test_folders_that_transformers_loads(form, tmp_path):
     assert off(step(model)["input"], expected) < 0.05
     assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
     (said,) = rasa_ext.summary(model).formats.items()
-    assert said[0].startswith("compressed-tensors ")
-    assert said[0].endswith("fp8 e4m3" if "fp8" in form else f"{8 if '8' in form else 4} bits")
     assert said[1] == 14
     assert f"quantized: 14 layers in {said[0]}" in str(rasa_ext.summary(model))
     rasa_ext.unpatch(model)
