@@ -160,7 +160,7 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = ()) -> It
     temporary = parent / f".{name}.{uuid.uuid4().hex}.part"
     with (
         writing(output, f"{whole}, and {left}" if whole else left),
-        made(parent),
+        created(parent),
         contextlib.ExitStack() as living,
     ):
         with _locked(parent):
@@ -276,7 +276,7 @@ def _finish(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
+def created(folder: Path) -> Iterator[None]:
     """Create a folder and missing parents; after an error within, remove what was created."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:

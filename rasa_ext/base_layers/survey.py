@@ -250,8 +250,8 @@ def _heads(found: Survey) -> dict[str, str]:
     model, linears = found.model, found.linears
     embeddings = [m for m in found.modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(embedding.weight) for embedding in embeddings}
-    output = ask(model, "get_output_embeddings")
-    answer = ask(model, "get_classifier")  # timm's; a distilled model has two
+    output = call_or_none(model, "get_output_embeddings")
+    answer = call_or_none(model, "get_classifier")  # timm's; a distilled model has two
     answers = answer if isinstance(answer, tuple | list) else (answer,)
     parts = (answer for answer in answers if isinstance(answer, nn.Module))
     classifier: set[nn.Module] = {module for part in parts for module in part.modules()}
@@ -282,7 +282,7 @@ def _heads(found: Survey) -> dict[str, str]:
     return heads
 
 
-def ask(model: nn.Module, method: str) -> Any:
+def call_or_none(model: nn.Module, method: str) -> Any:
     """Return the result of a model's method, or None if it does not exist or takes arguments."""
     try:
         return getattr(model, method)()

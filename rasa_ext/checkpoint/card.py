@@ -317,7 +317,7 @@ def compose(
     return _sealed(f"---\n{ModelCardData(**fields)}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def moved(text: str, repo_id: str, base_model: str | None, local: str | None) -> str:
+def card_for_hub(text: str, repo_id: str, base_model: str | None, local: str | None) -> str:
     """Return a card changed for a repository of the Hub.
 
     Lines that load ``"."`` load the repository instead. A base named ``local`` or `BASE_FOLDER` is

@@ -12,7 +12,7 @@ from torch import nn
 
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import save_adapter
-from rasa_ext.checkpoint.card import CARD, hub_id, moved
+from rasa_ext.checkpoint.card import CARD, card_for_hub, hub_id
 from rasa_ext.checkpoint.files import CONFIG, WEIGHTS, read_tensors
 
 _BASE_FIELDS = ("base_model_name_or_path", "model")
@@ -84,7 +84,7 @@ def push_to_hub(
             read_tensors(folder / WEIGHTS)  # raises for a damaged file
         local, base = _rename_base(files, base_model)
         text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
-        moved(text, repo_id, base, local)  # raises for a bad card before the Hub is called
+        card_for_hub(text, repo_id, base, local)  # raises for a bad card before the Hub is called
         if dry_run:
             return "\n".join(files)
         api = HfApi(token=token, library_name="rasa_ext", library_version=__version__)
@@ -92,7 +92,7 @@ def push_to_hub(
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if CARD in files:
-            files[CARD] = moved(text, repository, base, local).encode()
+            files[CARD] = card_for_hub(text, repository, base, local).encode()
         commit = api.create_commit(
             repository,
             [CommitOperationAdd(name, content) for name, content in files.items()],

@@ -72,14 +72,14 @@ class AdaptedExperts(AdaptedModule):
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute (T, H) by the base while merged or disabled, else by ``computed``."""
+        """Compute (T, H) by the base while merged or disabled, else by ``adapted_forward``."""
         if self.merged:
             self.check_not_trained()
-        run: Any = self.base_layer if self.disabled or self.merged else self.computed
+        run: Any = self.base_layer if self.disabled or self.merged else self.adapted_forward
         y: Tensor = run(*args, **kwargs)
         return y
 
-    def computed(
+    def adapted_forward(
         self,
         hidden_states: Tensor,
         top_k_index: Tensor | None = None,

@@ -46,7 +46,7 @@ class Projected(Protocol):
         """Return the layer as a projection in ``dtype``, or None if it is more than that."""
 
 
-class _Round:
+class _SharedInput:
     """One x, and the outputs of layers that have not read x yet."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype, leader: Projected, stamp: list[int]) -> None:
@@ -74,10 +74,10 @@ class _Round:
             y.grad_fn.register_prehook(drop)
 
 
-class _Rounds(threading.local):
-    """The round of each thread: threads may run forwards on one x at once."""
+class _PerThread(threading.local):
+    """The input of a thread: threads may run forwards on one x at once."""
 
-    current: _Round | None = None
+    current: _SharedInput | None = None
 
 
 class FusedProjections:
@@ -89,7 +89,7 @@ class FusedProjections:
 
     def __init__(self, layers: Iterable[Projected]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._rounds = _Rounds()
+        self._inputs = _PerThread()
 
     def output(
         self, layer: Projected, part: Projection, x: Tensor, dtype: torch.dtype
@@ -100,16 +100,16 @@ class FusedProjections:
         """
         if x.is_inference():  # such an x has no version, so a change would not be noticed
             return None
-        current = self._rounds.current
+        current = self._inputs.current
         if current is not None:
             if current.is_of(x, dtype) and id(layer) in current.waiting:
                 y, stamp = current.waiting.pop(id(layer))
                 return y if part.stamp() == stamp else None
             if current.waiting:
-                self._part(current, dtype)
+                self._drop_other_readers(current, dtype)
         return self._compute(layer, part, x, dtype)
 
-    def _part(self, last: _Round, dtype: torch.dtype) -> None:
+    def _drop_other_readers(self, last: _SharedInput, dtype: torch.dtype) -> None:
         """Stop fusing layers whose inputs differ.
 
         They are the leader if no other layer read its x, else the layers that did not. This waits
@@ -139,17 +139,17 @@ class FusedProjections:
                 return None
             parts.append(part)
         outputs = _adapted_projections(x if x.dtype == dtype else x.to(dtype), parts)
-        # Only now, so that a checkpoint that stops a recomputation midway leaves no round.
-        current = _Round(x, dtype, leader, first.stamp())
+        # Only now, so that a checkpoint that stops a recomputation midway stores nothing.
+        current = _SharedInput(x, dtype, leader, first.stamp())
         for each, part, y in zip(layers, parts[1:], outputs[1:], strict=True):
             current.waiting[id(each)] = y, part.stamp()
         current.drop_in_backward(outputs[0])
-        self._rounds.current = current
+        self._inputs.current = current
         return outputs[0]
 
     def forget(self) -> None:
         """Drop the stored outputs of this thread."""
-        self._rounds.current = None
+        self._inputs.current = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the layers as strong references, so that a copy refers to the copied layers."""
@@ -157,7 +157,7 @@ class FusedProjections:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layers = [weakref.ref(layer) for layer in state["layers"]]
-        self._rounds = _Rounds()
+        self._inputs = _PerThread()
 
 
 def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, ...]:

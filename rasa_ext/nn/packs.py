@@ -76,7 +76,7 @@ class PackSet:
         self._decoding, self._ask = decoding or Decoding(), ask
         self._members: dict[int, weakref.ref[nn.Module]] = {}
         # Replaced in one assignment, since threads share it.
-        self._rounds: dict[tuple[torch.dtype, torch.device], _Round] = {}
+        self._caches: dict[tuple[torch.dtype, torch.device], _PackCache] = {}
         self._computed = False
         # An engine may leave layers gathered, and still reduce gradients layer by layer.
         self._sharded = False
@@ -88,7 +88,7 @@ class PackSet:
 
     def drop(self) -> None:
         """Drop the packs."""
-        self._rounds, self._computed = {}, False
+        self._caches, self._computed = {}, False
 
     def take(self, adapter: Adapter, dtype: torch.dtype) -> Packed:
         """Return an adapter's pack in ``dtype``, with ports if gradients are needed."""
@@ -96,29 +96,29 @@ class PackSet:
         device = sources[0].device
         if is_compiling() or _is_capturing(device):
             return _alone(adapter, dtype)
-        found = self._rounds.get((dtype, device))
-        entry = None if found is None else found.entry(index, sources, grad, self._decoding.now)
+        cache = self._caches.get((dtype, device))
+        entry = None if cache is None else cache.entry(index, sources, grad, self._decoding.now)
         if entry is None:
             if (grad and self._computed) or self._sharded:
                 return _alone(adapter, dtype)
-            only = found is not None and found.over and index != found.first
-            found = self._pack(adapter, dtype, device, only)
-            entry = found.entries.get(index)
+            only = cache is not None and cache.over and index != cache.first
+            cache = self._pack(adapter, dtype, device, only)
+            entry = cache.entries.get(index)
             if entry is None:
                 return _alone(adapter, dtype)
             if not only:
-                self._rounds = {**self._rounds, (dtype, device): found}
-        assert found is not None
-        found.read.add(index)
-        if found.made is not None:
-            _wait(entry.pack[:2], *found.made)
+                self._caches = {**self._caches, (dtype, device): cache}
+        assert cache is not None
+        cache.read.add(index)
+        if cache.made is not None:
+            _wait(entry.pack[:2], *cache.made)
         if not grad or not entry.trained:
             return entry.pack
-        if not found.linked:  # a re-entrant checkpoint packs without grad
+        if not cache.linked:  # a re-entrant checkpoint packs without grad
             # DistributedDataParallel would take a group's gradients as complete too early.
             if is_sharing():
                 return _alone(adapter, dtype)
-            self._link(found, self._layers(device))
+            self._link(cache, self._layers(device))
         if entry.ported is None:
             self._computed = True
             return _alone(adapter, dtype)
@@ -126,7 +126,7 @@ class PackSet:
 
     def _layers(self, device: torch.device) -> Mapping[int, tuple[Sequence[Tensor], Factors]]:
         """Return the tensors and factors of all layers on ``device`` that still exist."""
-        found = {}
+        layers = {}
         # A checkpoint around one layer must not count what the others' factors save.
         with saved_tensors_hooks(_same, _same):
             for index, member in self._members.items():
@@ -139,41 +139,41 @@ class PackSet:
                     self._sharded = True
                     return {}
                 if sources[0].device == device and not any(map(Tensor.is_inference, sources)):
-                    found[index] = sources, adapter.factors()
-        return found
+                    layers[index] = sources, adapter.factors()
+        return layers
 
     def _pack(
         self, adapter: Adapter, dtype: torch.dtype, device: torch.device, only: bool
-    ) -> _Round:
+    ) -> _PackCache:
         """Pack the adapter's layer, and unless ``only``, all others on ``device``.
 
         The result is empty if the layer is not of the group.
         """
-        found = _Round(adapter.spec.index)
+        cache = _PackCache(adapter.spec.index)
         if torch.is_grad_enabled() and adapter.sources()[0].dtype != adapter.config.adapter_dtype:
             self._restore(adapter)
         member = self._members.get(adapter.spec.index)
         if member is None or member() is not adapter.owner:
-            return found
+            return cache
         layers = self._layers(device)
         if only:
             layers = {each: layers[each] for each in layers if each == adapter.spec.index}
         for index, (sources, _) in layers.items():
             # Read before packing, so that a write by another thread meanwhile makes it stale.
-            found.entries[index] = _Entry(sources)
+            cache.entries[index] = _Entry(sources)
         # A pack made in inference mode could not be saved for a backward.
         with torch.inference_mode(False):
             for group in _alike(layers):
                 packs = pack_layers([layers[index][1] for index in group], dtype)
                 for index, Ap, Bp in zip(group, *packs, strict=True):
-                    found.entries[index].pack = Packed(Ap, Bp)
-                found.groups.append((group, packs))
+                    cache.entries[index].pack = Packed(Ap, Bp)
+                cache.groups.append((group, packs))
         if torch.is_grad_enabled():
-            self._link(found, layers)
+            self._link(cache, layers)
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
-            found.made = stream, stream.record_event()
-        return found
+            cache.made = stream, stream.record_event()
+        return cache
 
     def _restore(self, adapter: Adapter) -> None:
         """Restore dtypes in all layers; copies that FSDP casts for the computation stay."""
@@ -183,23 +183,25 @@ class PackSet:
             for each in (adapter, *others):
                 restored(each.sources(), each.config.adapter_dtype)
 
-    def _link(self, found: _Round, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]) -> None:
+    def _link(
+        self, cache: _PackCache, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]
+    ) -> None:
         """Make the ports of all packs, if every trained factor is itself a trained tensor.
 
         Else every layer packs alone, in a checkpoint's recomputation as in its forward.
         """
         if all(
             index in layers and _is_direct(*layers[index])
-            for group, _ in found.groups
+            for group, _ in cache.groups
             for index in group
         ):
-            for group, packs in found.groups:
+            for group, packs in cache.groups:
                 factors = [layers[index][1] for index in group]
-                made = ports(packs, factors, weakref.ref(found))
+                made = ports(packs, factors, weakref.ref(cache))
                 for index, each in zip(group, made, strict=True):
-                    entry = found.entries[index]
+                    entry = cache.entries[index]
                     entry.ported = Packed(*entry.pack[:2], *each)
-        found.linked = True
+        cache.linked = True
 
     def __reduce__(self) -> tuple[type[PackSet], tuple[Any, Any]]:
         return type(self), (self._decoding, self._ask)
@@ -240,7 +242,7 @@ def _is_one_token(x: Tensor) -> bool:
     return x.dim() == (3 if x.is_floating_point() else 2) and x.shape[1] == 1
 
 
-class _Round:
+class _PackCache:
     """Packs of several layers in one dtype and on one device, and what they were made of."""
 
     def __init__(self, first: int) -> None:
@@ -277,8 +279,8 @@ class _Round:
             return None
         if self.over:  # inside a backward, too, as in the forward that it repeats
             return None
-        for source, (its, version, trained, dtype) in zip(sources, entry.stamps, strict=True):
-            if source is not its or source._version != version:
+        for source, (stamped, version, trained, dtype) in zip(sources, entry.stamps, strict=True):
+            if source is not stamped or source._version != version:
                 return None
             if source.requires_grad is not trained or source.dtype is not dtype:
                 return None
@@ -373,15 +375,15 @@ def by_expert(factors: Factors) -> Factors:
 def ports(
     packs: tuple[Tensor, Tensor],
     factors: Sequence[Factors],
-    found: Callable[[], _Round | None] = lambda: None,
+    cache: Callable[[], _PackCache | None] = lambda: None,
 ) -> list[_Port]:
     """Return the ports of every layer in what ``pack_layers`` made; gradients go to the factors.
 
-    A port is None if no gradient is needed. A backward makes ``found()`` spent.
+    A port is None if no gradient is needed. A backward makes ``cache()`` spent.
     """
     first, layers = factors[0], len(factors)
     A, _, B, _, d = zip(*factors, strict=True)
-    made = _Gate.apply(packs, factors, found, first.A_pool, first.B_pool, *A, *B, *d)
+    made = _Gate.apply(packs, factors, cache, first.A_pool, first.B_pool, *A, *B, *d)
     A_pool, B_pool = (
         pool is not None and pool.requires_grad for pool in (first.A_pool, first.B_pool)
     )
@@ -406,11 +408,11 @@ class _Gate(Function):
         ctx: Any,
         packs: tuple[Tensor, Tensor],
         factors: Sequence[Factors],
-        found: Callable[[], _Round | None],
+        cache: Callable[[], _PackCache | None],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.factors, ctx.found = factors, found
+        ctx.factors, ctx.cache = factors, cache
         ctx.versions = [_versions(each) for each in factors]
         if ops.differentiates_products(packs[0]):
             return *packs[0].unbind(0), *packs[1].unbind(0)
@@ -422,9 +424,9 @@ class _Gate(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         factors: Sequence[Factors] = ctx.factors
-        layers, found = len(factors), ctx.found()
-        if found is not None:
-            found.spent = True
+        layers, cache = len(factors), ctx.cache()
+        if cache is not None:
+            cache.spent = True
         downs, ups = grads[:layers], grads[layers:]
         live = [i for i in range(layers) if downs[i] is not None or ups[i] is not None]
         if any(_versions(factors[i]) != ctx.versions[i] for i in live):

@@ -65,7 +65,7 @@ class TrainedTokens(AdaptedModule):
         self.token_ids = tuple(token_ids)
         self.dtype = dtype
         self.disabled = False
-        self.kept: Tensor | None = None  # while merged: the table's original rows
+        self.backup: Tensor | None = None  # while merged: the table's original rows
         self.__dict__["owner"] = owner
         weight = base_layer.weight
         if owner is None:
@@ -77,7 +77,7 @@ class TrainedTokens(AdaptedModule):
     @property
     def merged(self) -> bool:
         """Whether the rows are currently merged into the base's table."""
-        return (self.owner or self).kept is not None
+        return (self.owner or self).backup is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the base's output as if the table had the trained rows."""
@@ -133,17 +133,17 @@ class TrainedTokens(AdaptedModule):
         """Write the owner's rows into the table, and return the largest change of an entry."""
         weight = self.base_layer.weight
         ids = self._ids(weight.device)
-        self.kept = weight[ids]
+        self.backup = weight[ids]
         weight.index_copy_(0, ids, self.rows.to(weight))
-        return (weight[ids].float() - self.kept.float()).abs().max().item()
+        return (weight[ids].float() - self.backup.float()).abs().max().item()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the table's rows bit for bit, if the owner's rows are merged."""
-        if self.kept is not None:
+        if self.backup is not None:
             weight = self.base_layer.weight
-            weight.index_copy_(0, self._ids(weight.device), self.kept)
-            self.kept = None
+            weight.index_copy_(0, self._ids(weight.device), self.backup)
+            self.backup = None
 
     def adapters(self) -> Iterator[Adapter]:
         """Return no adapter: trained rows are not low-rank."""

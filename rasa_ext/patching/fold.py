@@ -74,7 +74,7 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
             weights = [part.weight for part in chunk]
             if merging.keep:
                 for part in chunk:
-                    part.kept = part.weight.clone()
+                    part.backup = part.weight.clone()
             packs = _add(chunk, weights)
             if argument is not None:
                 check_finite(chunk, weights, argument)
@@ -90,11 +90,11 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
 def unmerge_parts(parts: Sequence[Part]) -> None:
     """Restore the exact weights that merged parts had before the merge."""
     for part in parts:
-        if isinstance(part.kept, nn.Module):
+        if isinstance(part.backup, nn.Module):
             restore_quantized(part.owner)
-        elif part.kept is not None:
-            part.weight.copy_(part.kept)
-            part.kept = None
+        elif part.backup is not None:
+            part.weight.copy_(part.backup)
+            part.backup = None
 
 
 def _check_not_packed(parts: Iterable[Part]) -> None:

@@ -46,19 +46,19 @@ class Part:
     expert: tuple[str, int] | None = None
 
     @property
-    def kept(self) -> Any:
-        """The weight (out, in) before the merge, a residual, the quantized layer, or None."""
-        kept = self.owner.merged_base
-        return kept if self.expert is None else (kept or {}).get(self.expert)
+    def backup(self) -> Any:
+        """The weight (out, in) before the merge, or the quantized layer; None while not merged."""
+        before = self.owner.merged_base
+        return before if self.expert is None else (before or {}).get(self.expert)
 
-    @kept.setter
-    def kept(self, kept: Any) -> None:
+    @backup.setter
+    def backup(self, before: Any) -> None:
         if self.expert is None:
-            self.owner.merged_base = kept
+            self.owner.merged_base = before
             return
         every = self.owner.merged_base or {}
-        every[self.expert] = kept
-        if kept is None:
+        every[self.expert] = before
+        if before is None:
             del every[self.expert]
         self.owner.merged_base = every or None
 
@@ -67,7 +67,7 @@ class Part:
         """Whether the base is quantized, or a dense layer that replaces a quantized one."""
         if self.expert is not None:
             return False
-        return isinstance(self.kept, nn.Module) or format_of(self.base) is not None
+        return isinstance(self.backup, nn.Module) or format_of(self.base) is not None
 
 
 Chunk = list[Part]

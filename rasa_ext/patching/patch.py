@@ -33,8 +33,8 @@ from rasa_ext.patching.state import (
 )
 from rasa_ext.patching.swap import (
     enable_input_require_grads,
-    let_adapters_work,
     link_layers,
+    prepare_model,
     replace_modules,
     undo,
 )
@@ -232,7 +232,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         config=config,
         plan=plan,
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
-        attributes_before=let_adapters_work(model, wrapped, hide_quantizer=True),
+        attributes_before=prepare_model(model, wrapped, hide_quantizer=True),
         hooks=enable_input_require_grads(model),
     )
     model.requires_grad_(False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import has_packed_experts
 from rasa_ext.base_layers.quantized import format_of, quantizer_changes
-from rasa_ext.base_layers.survey import ask
+from rasa_ext.base_layers.survey import call_or_none
 from rasa_ext.nn.adapted_experts import BareExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.fused_projections import FusedProjections
@@ -42,7 +42,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:
     """Link layers of ``kind`` that may read one input, to be fused; mark a dense output head."""
-    head = ask(model, "get_output_embeddings")
+    head = call_or_none(model, "get_output_embeddings")
     if isinstance(head, kind) and format_of(head.base_layer) is None:
         head.is_dense_head = True
     for parent in model.modules():
@@ -63,7 +63,7 @@ FAST_PATH = "activation_relu_or_gelu"
 """The attribute that lets ``nn.TransformerEncoderLayer`` take its fused path."""
 
 
-def let_adapters_work(
+def prepare_model(
     model: nn.Module, adapted: Container[nn.Module], hide_quantizer: bool
 ) -> list[tuple[nn.Module, str, Any]]:
     """Disable what bypasses adapted layers, or blocks gradients through quantized ones.
@@ -77,7 +77,7 @@ def let_adapters_work(
     """
     changes = quantizer_changes(model, hide_quantizer)
     changes += [
-        (module, "forward", BareExperts(module).computed)
+        (module, "forward", BareExperts(module).adapted_forward)
         for module in list(model.modules())
         if has_packed_experts(module)
     ]
@@ -98,7 +98,7 @@ def let_adapters_work(
 
 
 def undo(changes: Sequence[tuple[nn.Module, str, Any]]) -> None:
-    """Restore the attributes that ``let_adapters_work`` changed, the last first."""
+    """Restore the attributes that ``prepare_model`` changed, the last first."""
     for module, name, value in reversed(changes):
         if value is Absent:  # the class has it
             delattr(module, name)
@@ -115,7 +115,7 @@ def enable_input_require_grads(model: nn.Module) -> list[Any]:
     if getattr(model, "main_input_name", None) == "input_ids":
         return []
     if hasattr(model, "get_input_embeddings"):
-        inputs = [ask(model, "get_input_embeddings")]
+        inputs = [call_or_none(model, "get_input_embeddings")]
     else:
         inputs = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     return [m.register_forward_hook(_require_grad) for m in inputs if isinstance(m, nn.Module)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import stored_weight
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.base_layers.sharded import SHARDING_HINT, is_dtensor, is_emptied, what_is_here
-from rasa_ext.base_layers.survey import ask
+from rasa_ext.base_layers.survey import call_or_none
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.token_indices import INPUT
 from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -89,7 +89,7 @@ def _named(
                 f"{', '.join(map(repr, embeddings)) or 'none'}."
             )
         return found
-    given = ask(model, "get_input_embeddings")
+    given = call_or_none(model, "get_input_embeddings")
     given = getattr(given, "base_layer", getattr(given, "original_module", given))  # ours, PEFT's
     found = [name for name, each in embeddings.items() if each is given]
     if not found and len({id(each.weight) for each in embeddings.values()}) == 1:

@@ -36,8 +36,8 @@ from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
 from rasa_ext.patching.merge import check_own_weights
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import (
-    let_adapters_work,
     link_layers,
+    prepare_model,
     replace_modules,
     undo,
 )
@@ -252,7 +252,7 @@ class RasaModel(BaseTuner):
             specs = group.specs(*(bases[name].device for name in group.names))
             found.update(dict.fromkeys(group.names, (group, specs)))
         chosen = {base.module for base in bases.values() if isinstance(base, LinearBase)}
-        changed = let_adapters_work(self.model, chosen, hide_quantizer=False)
+        changed = prepare_model(self.model, chosen, hide_quantizer=False)
         self._attributes_before += tuple(changed)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
         peft_config.rasa_groups = groups_to_json(resolve_groups(config, groups).layer_groups)

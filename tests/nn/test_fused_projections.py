@@ -220,13 +220,13 @@ def test_outputs_may_be_modified_in_place():
 def test_waiting_outputs_and_layers_are_not_kept_alive():
     model, a, b, _ = pair()
     a(torch.randn(3, 6))
-    ((waiting, _),) = a.fused._rounds.current.waiting.values()
+    ((waiting, _),) = a.fused._inputs.current.waiting.values()
     gone = weakref.ref(waiting)
     del waiting
     a(torch.randn(3, 6))
     assert gone() is None
     model.train()
-    assert a.fused._rounds.current is None
+    assert a.fused._inputs.current is None
     a(torch.randn(3, 6))
     gone = weakref.ref(b)
     del b, model[0].up_proj

@@ -671,7 +671,7 @@ def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_s
     pack = mock.Mock(), mock.Mock()
     with torch.no_grad():
         model(X[0])
-        (found,) = model[0].packs._rounds.values()
+        (found,) = model[0].packs._caches.values()
         found.made, found.entries[0].pack = (maker, made), pack
         decode(model[0])
         assert model[0].adapter().pack(torch.float64) is pack
