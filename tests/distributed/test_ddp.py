@@ -78,19 +78,27 @@ def test_ddp_over_a_layer_that_takes_no_part(find_unused):
             torch.testing.assert_close(mine.grad, other.grad)
 
 
-FSDP2 = (
-    "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
-    " --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer"
-    " --fsdp_cpu_ram_efficient_loading false"
-)
+# --multi_gpu only means several processes; the script selects CPUs.
+DDP = "--multi_gpu --mixed_precision no --dynamo_backend no"
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_cpu_ram_efficient_loading: false
+mixed_precision: "no"
+"""
 
 
-@pytest.mark.parametrize("how", ["--multi_gpu", FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_accelerate_launch_with_trainer(how, tmp_path, figure, forked_python):
-    """--multi_gpu only means several processes; the script selects CPUs."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = f"{how} --mixed_precision no --dynamo_backend no"
-    accelerate(forked_python, "trainer.py", two, *options.split())
+    """DDP comes from options, FSDP2 from a config file."""
+    one, two, config = tmp_path / "one", tmp_path / "two", tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    options = DDP.split() if how == "ddp" else ["--config_file", str(config)]
+    accelerate(forked_python, "trainer.py", two, *options)
     trainer.train(one, processes=1)
     losses = [torch.tensor(json.loads((d / "losses.json").read_text())) for d in (one, two)]
     apart = (losses[0] - losses[1]).abs().max().item()

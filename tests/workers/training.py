@@ -35,6 +35,7 @@ from tests.helpers.adapters import patched
 from tests.helpers.models import GPT2, LLAMA, TIED, Entry
 from tests.helpers.peft_experts import lively
 from tests.helpers.processes import refuse_views
+from tests.helpers.quantized import make_model, quantized
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ class Case:
     k: int = 1
     peft: bool = False
     """Whether PEFT adapts the model."""
+    quantized: str | None = None
+    """The format of a quantized base."""
 
 
 MIXTRAL = experts.entry()
+WIDE = replace(LLAMA, make=make_model)
 CASES = {
     "llama": Case(LLAMA),
     "conv1d": Case(GPT2, options={"reshard_after_forward": False}),
@@ -69,6 +73,7 @@ CASES = {
     "checkpointing": Case(LLAMA, micro=2, use_reentrant=False),
     "re-entrant": Case(LLAMA, micro=2, use_reentrant=True),
     "saved": Case(LLAMA, saved=("lm_head", "norm")),
+    "nf4": Case(WIDE, micro=2, use_reentrant=False, quantized="nf4"),
     "bfloat16": Case(LLAMA, use_reentrant=False, dtype=torch.bfloat16),
     "experts": Case(MIXTRAL, grouping="slot"),
     "experts-pool": Case(MIXTRAL, grouping="shared", k=experts.TOP, use_reentrant=False),
@@ -82,6 +87,8 @@ Wrap = Callable[[nn.Module, Case], nn.Module]
 
 def build(case: Case) -> nn.Module:
     base = case.entry.build().to(case.dtype)
+    if case.quantized is not None:
+        base = quantized(base, case.quantized)
     if case.peft:
         options = {"r": 4, "rasa_experts": case.grouping, "target_modules": "all-linear"}
         model = lively(get_peft_model(base, RasaConfig(**options))).train()
@@ -209,7 +216,7 @@ RECIPES: dict[str, Wrap] = {"ddp": ddp, "ddp-unused": ddp_unused, "fsdp2": fsdp2
 # dtypes. PEFT saves nothing of layers inside FSDP1, a LoRA's neither.
 CANNOT = {
     ("ddp-unused", "re-entrant"),
-    *(("fsdp1", name) for name in ("re-entrant", "bfloat16", "peft", "peft-experts")),
+    *(("fsdp1", name) for name in ("re-entrant", "bfloat16", "nf4", "peft", "peft-experts")),
 }
 RUNS = [pair for pair in itertools.product(RECIPES, CASES) if pair not in CANNOT]
 
