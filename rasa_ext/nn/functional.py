@@ -272,6 +272,16 @@ def adapted_group(
 
     Raises:
         ValueError: x is not (L, M, in), or a list does not have one tensor for each layer.
+
+    Example:
+        >>> from rasa_ext.nn import adapted_group
+        >>> x, W = torch.randn(2, 5, 4), [torch.randn(3, 4) for _ in range(2)]  # two layers
+        >>> A, B, d = torch.randn(2, 1, 4), torch.randn(2, 3, 1), torch.randn(2, 3)
+        >>> A_pool, B_pool = torch.randn(2, 4), torch.randn(3, 2)
+        >>> y = adapted_group(x, W, None, list(A), A_pool, list(B), B_pool, list(d))
+        >>> dW = torch.cat([B[0], B_pool], 1) @ d[0].diag() @ torch.cat([A[0], A_pool])
+        >>> torch.allclose(y[0], x[0] @ (W[0] + dW).T, atol=1e-4)
+        True
     """
     lists = {"weights": weights, "A": A, "B": B, "d": d}
     if bias is not None:
