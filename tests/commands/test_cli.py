@@ -305,8 +305,9 @@ def test_code_that_comes_with_a_model_is_not_run(words, with_code, tuned, tmp_pa
 
 def test_missing_packages_are_named_with_how_to_install_them(monkeypatch, capsys):
     find = importlib.util.find_spec
-    without = lambda name: None if name == "typer" else find(name)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "typer" else find(name)
+    )
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1

@@ -75,8 +75,9 @@ def summary(folder: Path, name: str) -> dict:
 
 def test_losses_are_those_of_finetune_whatever_the_form(folder, monkeypatch):
     loaded, load = [], measuring.load_model
-    noted = lambda name, dtype: loaded.append(name) or load(name, dtype)  # noqa: E731
-    monkeypatch.setattr(measuring, "load_model", noted)
+    monkeypatch.setattr(
+        measuring, "load_model", lambda name, dtype: loaded.append(name) or load(name, dtype)
+    )
     names = ["one", "lora", "two", "base", "merged"]
     words = [*(folder / name for name in names), "--data", folder / "test.jsonl"]
     text = invoke("evaluate", *words, "--no-answers", "--batch-size", 3)
