@@ -16,7 +16,7 @@ import pytest
 import rasa_ext
 from tests.helpers.processes import check_parity, torchrun
 from tests.readers.environments import beside
-from tests.workers import zero
+from tests.workers import training, zero
 
 pytestmark = pytest.mark.engines
 
@@ -37,5 +37,5 @@ def test_two_processes_train_as_one(name, trained, tmp_path, figure, record_prop
     assert not said.exists(), said.read_text()
     model, *steps = zero.alone(zero.CASES[name])
     rasa_ext.save_adapter(model, tmp_path)
-    largest = check_parity(name, steps, zero.CLIP, tmp_path, trained / name, figure)
+    largest = check_parity(name, steps, training.CLIP, tmp_path, trained / name, figure)
     record_property(f"DeepSpeed, {name} in two processes", largest)

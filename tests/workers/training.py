@@ -48,6 +48,7 @@ class Case:
     use_reentrant: bool | None = None
     """The kind of gradient checkpointing; None: no checkpointing."""
     saved: tuple[str, ...] = ()
+    targets: str = "all-linear"
     dtype: torch.dtype = torch.float32
     """The base's dtype."""
     mesh: tuple[int, ...] = (2,)
@@ -93,7 +94,7 @@ def build(case: Case) -> nn.Module:
         options = {"r": 4, "rasa_experts": case.grouping, "target_modules": "all-linear"}
         model = lively(get_peft_model(base, RasaConfig(**options))).train()
     elif case.grouping is None:
-        model = patched(base, modules_to_save=case.saved).train()
+        model = patched(base, modules_to_save=case.saved, target_modules=case.targets).train()
     else:
         everything = {"target_modules": "all-linear"}
         model = experts.patched(base, case.grouping, 2, case.k, **everything).train()
@@ -119,17 +120,14 @@ def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = wrap(build(case), case)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Without this eps, float32 rounding of a gradient near zero would change the step.
-    optimizer = torch.optim.AdamW(trained, 0.01, eps=1e-5)
-    losses, norms = torch.zeros(2, 3)
+    optimizer, (losses, norms) = optimizer_of(model), torch.zeros(2, 3)
     for step in range(len(losses)):
         ((name, tokens),) = case.entry.inputs(step).items()
         for number, part in enumerate(tokens.chunk(case.micro)):
             mine = part.chunk(size)[rank]
             last = number == case.micro - 1
             with contextlib.nullcontext() if last else quiet(model, case):
-                logits = case.entry.call(model, **{name: mine}).float()
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1), mine.flatten())
+                loss = loss_of(case, model, {name: mine})
                 (loss / case.micro).backward()
             losses[step] += loss.detach() / (case.micro * size)
         norms[step] = clipped(model, trained)
@@ -138,6 +136,17 @@ def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module
     if size > 1:
         dist.all_reduce(losses)
     return model, losses, norms
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # Without this eps, float32 rounding of a gradient near zero would change the step.
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01, eps=1e-5)
+
+
+def loss_of(case: Case, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    (tokens,) = inputs.values()
+    logits = case.entry.call(model, **inputs).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def clipped(model: nn.Module, trained: list[nn.Parameter]) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,90 +20,60 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rasa_ext
-from tests.helpers import experts
-from tests.helpers.adapters import RANK, patched
 from tests.helpers.models import LLAMA
+from tests.workers import training
+
+# The head has a group of its own, so its B_pool has one column.
+LINEARS = training.Case(LLAMA, micro=2, targets=r".*(_proj|lm_head)")
+BFLOAT16 = replace(LINEARS, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Case:
     stage: int
-    dtype: torch.dtype = torch.float32
-    """The base's dtype."""
+    model: training.Case = LINEARS
     threshold: int = 0
     """For ZeRO-3: tensors with fewer elements stay whole."""
-    experts: str | None = None
-    """Grouping of stacked experts; None: the model has none."""
 
 
 CASES = {
     "zero1": Case(1),
     "zero2": Case(2),
-    "zero1-bfloat16": Case(1, torch.bfloat16),
-    "zero2-bfloat16": Case(2, torch.bfloat16),
+    "zero1-bfloat16": Case(1, BFLOAT16),
+    "zero2-bfloat16": Case(2, BFLOAT16),
     "zero3": Case(3),
     "zero3-threshold": Case(3, threshold=200),
-    "zero3-experts": Case(3, experts="slot"),
+    "zero3-experts": Case(3, replace(training.CASES["experts"], micro=2)),
 }
-MICRO = 2
-CLIP = 0.01
-
-
-def build(case: Case) -> nn.Module:
-    if case.experts:
-        base = experts.entry().build()
-        return experts.patched(base, case.experts, 2, target_modules="all-linear").train()
-    # The head has a group of its own, so its B_pool has one column.
-    base = LLAMA.build().to(case.dtype)
-    return patched(base, RANK, 1, target_modules=r".*(_proj|lm_head)").train()
-
-
-def loss_of(model, tokens: Tensor) -> Tensor:
-    logits = model(input_ids=tokens).logits.float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    # Without this eps, float32 rounding of a gradient near zero would change the step.
-    return torch.optim.AdamW(rasa_ext.adapter_parameters(model), 0.01, eps=1e-5)
 
 
 def alone(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
-    """Train in one process on all rows; in bfloat16, on the rows of one process at a time."""
-    model = build(case)
-    optimizer, (losses, norms) = optimizer_of(model), torch.zeros(2, 3)
-    parts = 2 * MICRO if case.dtype == torch.bfloat16 else MICRO
-    for step in range(len(losses)):
-        for part in LLAMA.inputs(step)["input_ids"].chunk(parts):
-            loss = loss_of(model, part) / parts
-            loss.backward()
-            losses[step] += loss.detach()
-        norms[step] = nn.utils.clip_grad_norm_(rasa_ext.adapter_parameters(model), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, losses, norms
+    return training.train(training.alone(case.model))
 
 
 def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
     import deepspeed
 
-    model = build(case)
+    model, micro = training.build(case.model), case.model.micro
     zero = {"stage": case.stage, "stage3_param_persistence_threshold": case.threshold}
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": MICRO,
-        "gradient_clipping": CLIP,
+        "gradient_accumulation_steps": micro,
+        "gradient_clipping": training.CLIP,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
+    optimizer = training.optimizer_of(model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     losses, norms = torch.zeros(2, 3)
     for step in range(len(losses)):
-        for part in LLAMA.inputs(step)["input_ids"].chunk(MICRO):
-            loss = loss_of(engine, part.chunk(2)[dist.get_rank()])
+        ((name, tokens),) = case.model.entry.inputs(step).items()
+        for part in tokens.chunk(micro):
+            mine = part.chunk(2)[dist.get_rank()]
+            loss = training.loss_of(case.model, engine, {name: mine})
             engine.backward(loss)
             engine.step()
-            losses[step] += loss.detach() / (2 * MICRO)
+            losses[step] += loss.detach() / (2 * micro)
         norms[step] = float(engine.get_global_grad_norm())
     dist.all_reduce(losses)
     if case.stage == 3:
