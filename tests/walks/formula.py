@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -54,6 +55,11 @@ def network() -> Net:
     return Net().requires_grad_(False)
 
 
+@functools.cache
+def _wide() -> Net:
+    return network().double()
+
+
 Part = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
 """A, A_pool, B, B_pool and d of one adapter of one layer."""
 
@@ -62,7 +68,7 @@ def formula(
     x: Tensor, chosen: Sequence[int], parts: Callable[[int, str], Iterable[Part]]
 ) -> Tensor:
     """Compute the network in float64, with W + sum of [B | B_pool] diag(d) [A ; A_pool]."""
-    base = network().double()
+    base = _wide()
 
     def linear(index: int, name: str) -> Callable[[Tensor], Tensor]:
         layer = getattr(base.blocks[index], name)

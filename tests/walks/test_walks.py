@@ -42,10 +42,17 @@ OPTIMIZERS = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "Lion, 8 bit": lambda p: bitsandbytes.optim.Lion8bit(p, lr=0.01, min_8bit_size=0),
 }
+WAYS = ("in order", "in parts", "retained", "stepped", "evaluated", "copied", "left", "failed")
+"""How a backward runs, or what happens between the forward and it."""
 WRITES = ("in place", "data, in place", "data, assigned", "replaced", "loaded", "loaded, assigned")
 SEEDS = st.integers(0, 3)
 LAYERS = [(index, name) for index in range(BLOCKS) for name in LINEARS]
-CHOSEN = st.sampled_from([range(BLOCKS), range(BLOCKS), [0], [1], [0, 2], [2, 1], [1, 1, 2]])
+LATER = [[1], [2, 1], [1, 1, 2]]
+CHOSEN = st.sampled_from([range(BLOCKS), range(BLOCKS), [0], [0, 2], *LATER])
+
+
+def step_alone(parameter: Tensor) -> None:
+    torch.optim.Adam([parameter], lr=0.01).step()
 
 
 class Walk(RuleBasedStateMachine):
@@ -130,9 +137,10 @@ class Walk(RuleBasedStateMachine):
         chosen=CHOSEN,
         reentrant=st.sampled_from([None, None, False, True]),
         fused=st.booleans(),
+        way=st.sampled_from(["in reverse", "in reverse", *WAYS]),
     )
-    def backward(self, seeds, chosen, reentrant, fused):
-        """Run one or two forwards, then the backwards, the last one first."""
+    def backward(self, seeds, chosen, reentrant, fused, way):
+        """Run one or two forwards, then the backwards, in reverse unless they are "in order"."""
         if self.merged:
             if self.model.training:
                 with pytest.raises(RuntimeError, match="merged"):
@@ -140,24 +148,44 @@ class Walk(RuleBasedStateMachine):
             return
         self.before(chosen)
         net, old = self.net(), ops.fuse_projections
+        hooks = []
+        if way == "stepped":
+            seeds, reentrant = seeds[:1], None  # a step between two backwards is refused
         for parameter in self.parameters():
             parameter.grad = None
+            if way == "stepped" and parameter.requires_grad:
+                hooks.append(parameter.register_post_accumulate_grad_hook(step_alone))
         net.reentrant, ops.fuse_projections = reentrant, (lambda *_: True) if fused else old
         try:
             runs = []
             for seed in seeds:
                 x, copies = self.inputs(seed).requires_grad_(), Copies()
                 wide = x.detach().double().requires_grad_()
-                y, expected = self.model(x, chosen), self.formula(wide, chosen, copies)
+                first = middle = x
+                if way == "in parts":
+                    first = self.model(x, chosen[:1])
+                    middle = first.detach().requires_grad_()
+                y = self.model(middle, chosen[1:] if way == "in parts" else chosen)
+                expected = self.formula(wide, chosen, copies)
                 self.check(y, expected)
-                runs.append((y, expected, x, wide, copies))
-            for y, expected, x, wide, _ in reversed(runs):
+                runs.append((y, expected, first, middle, x, wide, copies))
+            self.last = self.between(way, chosen)
+            for run in runs if way == "in order" else reversed(runs):
+                y, expected, first, middle, x, wide, _ = run
                 for each in (y, expected):
-                    each.square().sum().backward()
+                    loss = each.square().sum()
+                    if way == "retained":
+                        loss.backward(retain_graph=True)
+                    loss.backward()
+                if way == "in parts":
+                    first.backward(middle.grad)
                 self.check(x.grad, wide.grad, 10 * EXACT)
         finally:
             net.reentrant, ops.fuse_projections = None, old
-        self.spent = all(parameter.requires_grad for parameter in self.parameters())
+            for hook in hooks:
+                hook.remove()
+        all_trained = all(parameter.requires_grad for parameter in self.parameters())
+        self.spent = all_trained and way not in ("evaluated", "left", "failed")
         gradients: dict[int, Tensor] = {}
         for *_, copies in runs:
             for parameter, leaf in copies.pairs():
@@ -166,16 +194,56 @@ class Walk(RuleBasedStateMachine):
         for parameter in self.parameters():
             expected = gradients.get(id(parameter))
             if expected is None:
+                assert parameter.grad is None or parameter.requires_grad
                 assert parameter.grad is None or not parameter.grad.any()
             else:
                 self.check(parameter.grad, expected, 10 * EXACT)
 
     @precondition(lambda self: not self.merged)
-    @rule(kind=st.sampled_from(sorted(OPTIMIZERS)))
-    def step(self, kind):
+    @rule(
+        trained=st.tuples(st.booleans(), st.booleans()),
+        blocks=st.tuples(st.sampled_from([[0], range(BLOCKS)]), st.sampled_from(LATER)),
+        way=st.sampled_from([None, "data, in place", "data, assigned"]),
+        reentrant=st.sampled_from([None, False, True]),
+    )
+    def in_turns(self, trained, blocks, way, reentrant):
+        """Run blocks, write to or unfreeze the parameters, and run later blocks of the groups."""
+        self.freeze(1, trained[0])
+        self.backward([0], blocks[0], None, False, "in reverse")
+        if way:
+            self.written(way, 1, 1)
+        self.freeze(1, trained[1])
+        self.backward([1], blocks[1], reentrant, False, "in reverse")
+
+    def between(self, what: str, chosen) -> Sequence[int]:
+        """Do ``what`` between a forward and its backward; return the blocks of the last forward."""
+        x, mode = self.inputs(1).requires_grad_(), self.model.training
+        if what == "evaluated":
+            with torch.no_grad():
+                self.model(x)
+                self.model.eval()(x)
+            self.model.train(mode)
+        elif what == "copied":
+            copy.deepcopy(self.model)(x).sum().backward()
+        elif what == "left":
+            self.model(x)
+        elif what == "failed":
+            with pytest.raises(TypeError):
+                self.model(x, [0, None])
+            return [0]
+        return range(BLOCKS) if what in ("evaluated", "left") else chosen
+
+    @precondition(lambda self: not self.merged)
+    @rule(kind=st.sampled_from(sorted(OPTIMIZERS)), generating=st.booleans())
+    def step(self, kind, generating):
+        """Take a step, also between two tokens of ``generate``, as in reinforcement learning."""
+        if generating:
+            self.one_token(0)
         if trained := [p for p in self.parameters() if p.requires_grad and p.numel()]:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a walk must not diverge
             OPTIMIZERS[kind](trained).step()
+        if generating:
+            self.one_token(0)
 
     @precondition(lambda self: not self.merged)
     @rule(way=st.sampled_from(WRITES), seed=SEEDS, share=st.sampled_from([1, 2]))
@@ -187,7 +255,8 @@ class Walk(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         state = {}
         for name, parameter in self.named()[::share]:
-            value = parameter.detach() + 0.05 * torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator)
+            value = 0.9 * parameter.detach() + 0.05 * noise  # does not grow with every write
             if way == "in place":
                 with torch.no_grad():
                     parameter.copy_(value)
@@ -212,9 +281,9 @@ class Walk(RuleBasedStateMachine):
         module = self.model if seed else self.net().blocks[1]
         module.train(training)
 
-    @rule(every=st.sampled_from([1, 2, 3]), trained=st.booleans())
-    def freeze(self, every, trained):
-        for parameter in self.parameters()[::every]:
+    @rule(every=st.sampled_from([1, 2, 3]), trained=st.booleans(), start=st.integers(0, 2))
+    def freeze(self, every, trained, start=0):
+        for parameter in self.parameters()[start::every]:
             parameter.requires_grad_(trained)
 
     @rule(way=st.sampled_from(["copied", "pickled"]))
