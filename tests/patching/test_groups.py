@@ -98,7 +98,9 @@ def test_a_patched_model_pickles_though_it_was_given_a_lambda():
 BAD = ["attn1.to_q", 3, [""], {"a": [3]}, ["attn3.to_q"], {"a": ["to_q", "no"]}, lambda name: 3]
 
 
-@pytest.mark.parametrize("groups", BAD, ids=str)
+@pytest.mark.parametrize(
+    "groups", BAD, ids=lambda value: "callable" if callable(value) else str(value)
+)
 def test_bad_groups(groups):
     model = Unet()
     refused(lambda: rasa_ext.patch_model(model, 2, 1, groups=groups), model, "^groups: ")

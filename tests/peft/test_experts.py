@@ -86,7 +86,9 @@ def gradients_of(core: nn.Module) -> dict[str, Tensor]:
     return {key: grad for key, grad in found.items() if grad is not None}
 
 
-@pytest.mark.parametrize(("family", "grouping"), zip(FAMILIES, (*GROUPINGS, "shared"), strict=True))
+@pytest.mark.parametrize(
+    ("family", "grouping"), list(zip(FAMILIES, (*GROUPINGS, "shared"), strict=True))
+)
 def test_files_go_both_ways(family, grouping, tmp_path):
     model = tuned(family, rasa_experts=grouping)
     expected = model(TOKENS).logits
