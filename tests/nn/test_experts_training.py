@@ -161,21 +161,6 @@ def test_copies(grouping, copied):
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_moving_and_casting(grouping):
-    model = experts.patched(experts.model(), grouping).eval()
-    module = experts.adapted(model)[1]
-    x, chosen, shares = experts.inputs()
-    with torch.no_grad():
-        expected = module(x.float(), chosen, shares.float())
-        model.double()
-        found = module(x, chosen, shares)
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
-        model.float().to("cpu")
-        assert torch.equal(module(x.float(), chosen, shares.float()), expected)
-
-
 @pytest.mark.parametrize(
     ("family", "dtype", "backend"),
     [

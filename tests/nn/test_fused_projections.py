@@ -17,7 +17,7 @@ import rasa_ext
 from rasa_ext import ops
 from rasa_ext.nn import functional
 from rasa_ext.ops import heuristics
-from tests.helpers.adapters import adapted_layers, adapter_of, check_step, patched, through_file
+from tests.helpers.adapters import adapter_of, check_step, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
 from tests.helpers.threads import run_in_threads
 
@@ -67,18 +67,6 @@ def test_training(entry, k, log):
         if seed or entry is not T5:  # then cross-attention's q is separate
             assert sorted(log) == sorted(GROUPS[entry.name])
         touch(model)
-
-
-def test_copies_go_together_on_their_own(log):
-    base = LLAMA.build()
-    model = patched(base).train()
-    check_step(LLAMA, base, model)
-    fused = {id(layer.fused) for layer in adapted_layers(model).values()} - {id(None)}
-    for twin in (copy.deepcopy(model), through_file(model)):
-        log.clear()
-        check_step(LLAMA, base, twin)
-        assert sorted(log) == sorted(GROUPS["llama"])
-        assert not fused & {id(layer.fused) for layer in adapted_layers(twin).values()} - {id(None)}
 
 
 class Pair(nn.Module):

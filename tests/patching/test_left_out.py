@@ -16,7 +16,6 @@ from rasa_ext.nn import RasaLinear
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts
 from tests.helpers.expert_files import adapted, logits
-from tests.helpers.outside import VeraConfig
 from tests.helpers.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay untouched")
@@ -173,11 +172,6 @@ def test_what_holds_weights_and_is_no_linear_layer_is_named(family, names):
         rasa_ext.patch_model(model, 2, 0)
     assert all("weights of shape (" in reason for reason in left_out(model, names))
     assert ("the argument experts" in str(rasa_ext.summary(model))) == (family == "mixtral")
-
-
-def test_other_methods_are_not_advised_to_adapt_experts():
-    model = rasa_ext.patch_model(experts.model(), config=VeraConfig(rank=2))
-    assert "the argument experts" not in str(rasa_ext.summary(model))
 
 
 def test_nothing_is_said_where_little_is_left_alone():
