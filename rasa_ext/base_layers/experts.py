@@ -30,7 +30,7 @@ _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module holds stacked experts of a known layout."""
-    known = type(module).__name__ in _UNMARKED or all(hasattr(module, each) for each in _MARKS)
+    known = type(module).__name__ in _UNMARKED or all(hasattr(module, name) for name in _MARKS)
     return known and all(
         isinstance(getattr(module, name, None), Tensor) or packed_experts(module, name) is not None
         for name in expert_weight_names(module)
@@ -71,16 +71,16 @@ def mark(module: Any, name: str, default: bool = False) -> bool:
 def activated(module: Any, y: Tensor) -> Tensor:
     """Apply the experts' activation to y: (S, 2I), or (S, I) without a gate."""
     if not has_gate(module):
-        found: Tensor = module.act_fn(y)
+        h: Tensor = module.act_fn(y)
     elif hasattr(module, "_apply_gate"):
-        found = module._apply_gate(y)
+        h = module._apply_gate(y)
     elif type(module).__name__ == MXFP4_EXPERTS:
         source = sys.modules["transformers.models.gpt_oss.modeling_gpt_oss"]
-        found = source.GptOssExperts._apply_gate(module, y)
+        h = source.GptOssExperts._apply_gate(module, y)
     else:
         gate, up = y.chunk(2, -1)
-        found = up * module.act_fn(gate)
-    return found
+        h = up * module.act_fn(gate)
+    return h
 
 
 def has_post_expert_norm(module: Any) -> bool:
@@ -121,7 +121,7 @@ def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
     They are 3-D parameters of modules outside ``torch.nn``, and, next to experts, also 2-D
     parameters, including embeddings.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, module in modules.items():
         usual = type(module).__module__.startswith("torch.nn")
         if is_linear(module) or (usual and not isinstance(module, nn.Embedding)):
@@ -132,8 +132,8 @@ def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
                 continue
             stacked = parameter.dim() == 3 and min(parameter.shape) > 1 and not usual
             if stacked or (beside and parameter.dim() > 1):
-                found[f"{path}.{key}".lstrip(".")] = tuple(parameter.shape)
-    return found
+                shapes[f"{path}.{key}".lstrip(".")] = tuple(parameter.shape)
+    return shapes
 
 
 def _knows_experts(module: nn.Module) -> bool:

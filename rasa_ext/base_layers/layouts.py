@@ -128,12 +128,12 @@ class PackedIntegers(Layout):
         """See ``Layout``."""
         bits = base.quantization_scheme.weights.num_bits
         codes = unpack(base.weight_packed[start:stop], bits)[:, : base.in_features]
-        found = _scaled(base, codes, start, stop)
+        tile = _scaled(base, codes, start, stop)
         if (packed := base._parameters.get("weight_zero_point")) is None:
             middle = torch.full((1, 1), 1 << (bits - 1), device=codes.device)
-            return found._replace(zero=middle)
+            return tile._replace(zero=middle)
         words = packed[start * bits // 32 : -(-stop * bits // 32)]
-        return found._replace(zero=unpack(words.t(), bits)[:, : stop - start].t())
+        return tile._replace(zero=unpack(words.t(), bits)[:, : stop - start].t())
 
 
 class PackedFloats(Layout):
@@ -232,7 +232,7 @@ class PackedStack(NamedTuple):
     def parts(self) -> list[Any]:
         """Return each expert's part, in place of a linear layer."""
         _, out, width = self.shape
-        stored = (_plain(each)[:, :out] for each in (self.weight, self.scales))  # some are padded
+        stored = (_plain(t)[:, :out] for t in (self.weight, self.scales))  # some are padded
         return [
             SimpleNamespace(
                 in_features=width,
@@ -320,7 +320,7 @@ def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
     if block is None and scale.numel() in (1, out):  # stored as (), (1,), (out, 1) or (1, out)
         scale = scale.reshape(-1, 1)
     size = getattr(weights, "group_size", None)
-    each = block or (1, size or -(-width // scale.shape[-1]))
+    block = block or (1, size or -(-width // scale.shape[-1]))
 
     def rows(grid: Tensor) -> Tensor:
         """Return the rows of a grid whose rows are one, the weight's or those of blocks."""
@@ -328,17 +328,17 @@ def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
             return grid
         if len(grid) == out:
             return grid[start:stop]
-        return grid[torch.arange(start, stop, device=grid.device) // each[0]]
+        return grid[torch.arange(start, stop, device=grid.device) // block[0]]
 
-    found = rows(scale).float()
+    scale_rows = rows(scale).float()
     if (whole := own.get("weight_global_scale")) is not None:
-        found = found / whole.float()
+        scale_rows = scale_rows / whole.float()
     if (whole := own.get("weight_scale_2")) is not None:  # ModelOpt's
-        found = found * whole.float()
+        scale_rows = scale_rows * whole.float()
     zero = own.get("weight_zero_point")
     zero = None if zero is None or zero.dtype == torch.int32 else rows(zero)
     order = own.get("weight_g_idx")
-    return Tile(codes, found, zero, each[1] if order is None else order.long())
+    return Tile(codes, scale_rows, zero, block[1] if order is None else order.long())
 
 
 def _spread(grid: Tensor, group: Tensor | int, width: int) -> Tensor:

@@ -94,10 +94,10 @@ def as_plain_gemm(
         if not is_conv1d(base):
             return None
         transposed = True
-    its = base.__dict__
-    if its["_forward_hooks"] or its["_forward_pre_hooks"] or "forward" in its:
+    own = base.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
         return None
-    if its["_backward_hooks"] or its["_backward_pre_hooks"]:
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != dtype:
@@ -124,13 +124,13 @@ def _product_error(module: nn.Linear, forward: Callable[[Tensor], Tensor]) -> fl
     weight = module.weight
     x = torch.linspace(-1, 1, module.in_features, device=weight.device).to(weight.dtype)[None]
     try:
-        found, expected = forward(x), nn.functional.linear(x, weight, module.bias)
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+        output, expected = forward(x), nn.functional.linear(x, weight, module.bias)
+        if output.shape != expected.shape or output.dtype != expected.dtype:
             return math.inf
-        if found.is_meta:
+        if output.is_meta:
             return 0.0
-        found, expected = (y.double().nan_to_num() for y in (found, expected))
-        return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+        output, expected = (y.double().nan_to_num() for y in (output, expected))
+        return float((output - expected).norm() / expected.norm().clamp_min(1e-300))
     except Exception:  # the code may fail in any way on an unexpected input
         return math.inf
 

@@ -120,8 +120,8 @@ class QuantizedTensor(Format):
             return base.weight.dequantize()
         except (AttributeError, NotImplementedError):
             weight = base.weight
-            each = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-            return nn.functional.linear(each, weight).t()
+            identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            return nn.functional.linear(identity, weight).t()
 
     def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
         """Return the dtype that the tensor reports."""
@@ -159,7 +159,7 @@ def stored_bytes(base: LinearLayer) -> int:
         state = getattr(weight, "quant_state", None)
         nested = getattr(state, "state2", None)
         parts = [weight.data, getattr(weight, "SCB", None)]
-        parts += [getattr(each, "absmax", None) for each in (state, nested)]
+        parts += [getattr(holder, "absmax", None) for holder in (state, nested)]
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
@@ -197,12 +197,12 @@ def misread(modules: Iterable[nn.Module]) -> str | None:
     compressed-tensors' rotations, of which only config.json tells.
     """
     modules = list(modules)
-    loaded = (getattr(each, "config", None) for each in modules if "hf_quantizer" in vars(each))
+    loaded = (getattr(m, "config", None) for m in modules if "hf_quantizer" in vars(m))
     if any(is_rotated(_stored_settings(config)) for config in loaded):
         return ROTATED
     configs = (getattr(module, "config", None) for module in modules)
     given = (getattr(config, "quantization_config", None) for config in configs)
-    unknown = next((each for each in given if isinstance(each, dict)), None)
+    unknown = next((settings for settings in given if isinstance(settings, dict)), None)
     if unknown is None or any("hf_quantizer" in vars(m) or format_of(m) for m in modules):
         return None
     return (
@@ -366,9 +366,9 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
         The module, the name and the new value of each attribute.
     """
     changes: list[tuple[nn.Module, str, Any]] = []
-    found = {module: fmt for module in model.modules() if (fmt := format_of(module)) is not None}
+    formats = {module: fmt for module in model.modules() if (fmt := format_of(module)) is not None}
     base: Any
-    for base, fmt in found.items():
+    for base, fmt in formats.items():
         if isinstance(fmt, Layout):
             inner = "_old_forward" if hasattr(base, "_old_forward") else "forward"  # accelerate's
             changes.append((base, inner, functools.partial(tiled_linear, fmt, base)))
@@ -378,7 +378,7 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
     triton = [module for module in experts if type(module).__name__ == MXFP4_EXPERTS]
     # Their parent then calls the router and ``forward``, not only Triton's kernels.
     changes += [(module, "_is_hooked", True) for module in triton]
-    for module in model.modules() if found or experts else ():
+    for module in model.modules() if formats or experts else ():
         if (handle := module.__dict__.get("ct_decompress_hook")) is not None:
             hooks = module._forward_pre_hooks.copy()
             hooks.pop(handle.id, None)

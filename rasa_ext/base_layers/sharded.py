@@ -38,14 +38,14 @@ def is_emptied(parameter: Tensor) -> bool:
 
 def gather(tensors: Iterable[Tensor]) -> None:
     """Gather what ZeRO-3 has removed, for the module that runs now, also in later passes."""
-    emptied: list[Any] = [each for each in tensors if is_emptied(each)]
+    emptied: list[Any] = [parameter for parameter in tensors if is_emptied(parameter)]
     if emptied:
         parameter_offload: Any = import_module("deepspeed.runtime.zero.parameter_offload")
 
-        for each in emptied:
+        for parameter in emptied:
             running = parameter_offload.FWD_MODULE_STACK[-1]
-            parameter_offload.register_external_parameter(running, each)
-            each.all_gather()
+            parameter_offload.register_external_parameter(running, parameter)
+            parameter.all_gather()
 
 
 def is_of_zero_3(parameter: Tensor) -> bool:
@@ -85,11 +85,11 @@ def gathered(
     with contextlib.ExitStack() as stack:
         if shared:
             stack.callback(dist.barrier)
-        if any(hasattr(each, "_fsdp_flattened") for each in tensors):
+        if any(hasattr(tensor, "_fsdp_flattened") for tensor in tensors):
             from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
 
             stack.enter_context(Fsdp1.summon_full_params(model, writeback=write))
-        if removed := [each for each in tensors if is_of_zero_3(each)]:
+        if removed := [tensor for tensor in tensors if is_of_zero_3(tensor)]:
             zero: Any = import_module("deepspeed").zero
             rank = 0 if write else None
             stack.enter_context(zero.GatheredParameters(removed, modifier_rank=rank))
@@ -118,7 +118,7 @@ def sharded_modules(model: nn.Module) -> set[int]:
 
     A gathered parameter looks like any other, but has the value before the optimizer's step.
     """
-    found: set[int] = set()
+    ids: set[int] = set()
     for module in model.modules():
         state_of: Any = getattr(module, "_get_fsdp_state", None)
         if state_of is None:
@@ -128,8 +128,8 @@ def sharded_modules(model: nn.Module) -> set[int]:
         for group in [state._fsdp_param_group] if groups is None else groups:
             for parameter in group.fsdp_params if group else ():
                 info = parameter._module_info
-                found.update(map(id, (info.module, *info.shared_modules)))
-    return found
+                ids.update(map(id, (info.module, *info.shared_modules)))
+    return ids
 
 
 def check_base_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:

@@ -51,8 +51,8 @@ def split_of(base: nn.Module) -> Split | None:
         return None
     # DTensor splits like torch.chunk: the last processes may have less, or nothing.
     size, processes, rank = weight.shape[dim], mesh.size(), mesh.get_local_rank()
-    each = -(-size // processes)
-    start, stop = min(rank * each, size), min((rank + 1) * each, size)
+    size_of_part = -(-size // processes)
+    start, stop = min(rank * size_of_part, size), min((rank + 1) * size_of_part, size)
     return Split(dim, start, stop, processes, mesh.get_group())
 
 
@@ -108,11 +108,11 @@ def _style(base: nn.Module) -> _Style | None:
     if (style := _closed_over(base.__dict__.get("forward"), "self", "mesh")) is not None:
         reads, gives = style.input_layouts, style.output_layouts
         return _Style(type(style).__name__, reads, gives, style.use_local_output)
-    before = (_closed_over(each, "input_fn") for each in base._forward_pre_hooks.values())
-    after = (_closed_over(each, "output_fn") for each in base._forward_hooks.values())
+    before = (_closed_over(hook, "input_fn") for hook in base._forward_pre_hooks.values())
+    after = (_closed_over(hook, "output_fn") for hook in base._forward_hooks.values())
     reads, gives = (
-        next((each for each in found if isinstance(each, partial)), None)
-        for found in (before, after)
+        next((hook for hook in closures if isinstance(hook, partial)), None)
+        for closures in (before, after)
     )
     if reads is None or gives is None:
         return None
@@ -123,5 +123,5 @@ def _style(base: nn.Module) -> _Style | None:
 def _closed_over(function: Any, name: str, *others: str) -> Any:
     """Return what a function closes over by name, if it does so and by other names; or None."""
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    found = {name, *others} <= set(names)
-    return function.__closure__[names.index(name)].cell_contents if found else None
+    closes_over = {name, *others} <= set(names)
+    return function.__closure__[names.index(name)].cell_contents if closes_over else None

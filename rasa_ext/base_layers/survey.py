@@ -66,9 +66,9 @@ class LinearBase:
         if (fmt := format_of(self.module)) is not None:
             fmt.check(name, self.module)
         elif not isinstance(weight, Tensor) or not weight.is_floating_point():
-            found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(
-                f"{name!r} has a weight of {found}, expected a floating-point weight; load the "
+                f"{name!r} has a weight of {kind}, expected a floating-point weight; load the "
                 "model dequantized"
             )
         if (reason := refusal(self.module)) is not None:
@@ -189,8 +189,8 @@ class Survey:
         routers = routers_of(self.modules)
         inside = tuple(f"{name}." for name in routers)
         reason = "a router or gate of experts, taken only if named"
-        found = {n: reason for n in self.linears if n in routers or n.startswith(inside)}
-        return {**found, **_heads(self)}
+        gates = {n: reason for n in self.linears if n in routers or n.startswith(inside)}
+        return {**gates, **_heads(self)}
 
     @property
     def expert_weights(self) -> dict[str, tuple[int, ...]]:
@@ -245,10 +245,10 @@ def survey(
     return Survey(model, modules, linears, stacks)
 
 
-def _heads(found: Survey) -> dict[str, str]:
+def _heads(layers: Survey) -> dict[str, str]:
     """Return the model's output heads, with the reason to take each for a head."""
-    model, linears = found.model, found.linears
-    embeddings = [m for m in found.modules.values() if isinstance(m, nn.Embedding)]
+    model, linears = layers.model, layers.linears
+    embeddings = [m for m in layers.modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(embedding.weight) for embedding in embeddings}
     output = call_or_none(model, "get_output_embeddings")
     answer = call_or_none(model, "get_classifier")  # timm's; a distilled model has two
@@ -269,7 +269,7 @@ def _heads(found: Survey) -> dict[str, str]:
     last = list(linears)[-1] if linears else ""
     repeated = any(part.isdigit() for part in last.split("."))
     if last and last not in heads and not repeated:
-        words = max(embeddings, key=lambda each: each.num_embeddings, default=None)
+        words = max(embeddings, key=lambda table: table.num_embeddings, default=None)
         out, width = linears[last].shape
         config = getattr(model, "config", None)
         labels = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
