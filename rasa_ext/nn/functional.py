@@ -137,7 +137,7 @@ class _AdaptedProjections(Function):
             *Bp,
         )
         ctx.scale, ctx.width = scale, x.shape[-1]
-        return tuple(unflatten_like(each, x) for each in y)
+        return tuple(unflatten_like(output, x) for output in y)
 
     @staticmethod
     @once_differentiable
@@ -162,9 +162,9 @@ class _AdaptedProjections(Function):
         downs = dAp.split([len(up) for up in Bp]) if need_A else [None] * n
         ups = dBp if need_B else [None] * n
         needs = ctx.needs_input_grad[4 + 4 * n :]
-        made = (g if need else None for g, need in zip((*downs, *ups), needs, strict=True))
+        wanted = (g if need else None for g, need in zip((*downs, *ups), needs, strict=True))
         dx_shaped = dx.view((*grads[0].shape[:-1], ctx.width)) if need_x else None
-        return dx_shaped, *(None,) * (3 + 4 * n), *made
+        return dx_shaped, *(None,) * (3 + 4 * n), *wanted
 
 
 class _AdaptedGroup(Function):
@@ -189,8 +189,8 @@ class _AdaptedGroup(Function):
         need_x, *_ = ctx.needs_input_grad
         needs = ctx.needs_input_grad[4 + len(weights) :]
         dx, dAp, dBp = ops.linear_group_backward(grad, x, weights, U, Ap, Bp, need_x, any(needs))
-        made = (*dAp, *dBp) if any(needs) else (None,) * len(needs)
-        wanted = (each if need else None for each, need in zip(made, needs, strict=True))
+        grads = (*dAp, *dBp) if any(needs) else (None,) * len(needs)
+        wanted = (g if need else None for g, need in zip(grads, needs, strict=True))
         return dx if need_x else None, *(None,) * (3 + len(weights)), *wanted
 
 
@@ -300,8 +300,8 @@ def adapted_group(
     stacked = None if bias is None else torch.stack(list(bias)).detach()
     factors = [Factors(a, A_pool, b, B_pool, v) for a, b, v in zip(A, B, d, strict=True)]
     if is_compiling():
-        each = [pack_alone(its, x.dtype) for its in factors]
-        downs, ups, Ap_ports, Bp_ports = zip(*each, strict=True)
+        packs = [pack_alone(of_layer, x.dtype) for of_layer in factors]
+        downs, ups, Ap_ports, Bp_ports = zip(*packs, strict=True)
         Ap, Bp = torch.stack(downs), torch.stack(ups)
     else:
         Ap, Bp = pack_layers(factors, x.dtype)

@@ -66,9 +66,9 @@ class _SharedInput:
         current = weakref.ref(self)
 
         def drop(grads: tuple[Tensor | None, ...]) -> None:
-            its = current()
-            if its is not None:
-                its.waiting = {key: (None, stamp) for key, (_, stamp) in its.waiting.items()}
+            shared = current()
+            if shared is not None:
+                shared.waiting = {key: (None, stamp) for key, (_, stamp) in shared.waiting.items()}
 
         if y.grad_fn is not None:
             y.grad_fn.register_prehook(drop)
@@ -119,30 +119,30 @@ class FusedProjections:
         part = None if leader is None else leader.projection(dtype)
         if part is None or part.stamp() == last.stamp:
             return
-        layers = {id(each()): each for each in self._layers}
+        layers = {id(weak()): weak for weak in self._layers}
         others = set(layers) - {id(leader)}
         leaving = {id(leader)} if others <= set(last.waiting) else set(last.waiting)
-        self._layers = [each for key, each in layers.items() if key not in leaving]
+        self._layers = [weak for key, weak in layers.items() if key not in leaving]
         last.waiting.clear()
 
     def _compute(
         self, leader: Projected, first: Projection, x: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
         """Compute all outputs: return the leader's, and store the others."""
-        layers = [layer for layer in (each() for each in self._layers) if layer is not leader]
+        layers = [layer for weak in self._layers if (layer := weak()) is not leader]
         if not layers or len(layers) == len(self._layers) or not _fit(first, first, x):
             return None
         parts = [first]
-        for each in layers:
-            part = None if each is None else each.projection(dtype)
+        for layer in layers:
+            part = None if layer is None else layer.projection(dtype)
             if part is None or not _fit(part, first, x):
                 return None
             parts.append(part)
         outputs = _adapted_projections(x if x.dtype == dtype else x.to(dtype), parts)
         # Only now, so that a checkpoint that stops a recomputation midway stores nothing.
         current = _SharedInput(x, dtype, leader, first.stamp())
-        for each, part, y in zip(layers, parts[1:], outputs[1:], strict=True):
-            current.waiting[id(each)] = y, part.stamp()
+        for layer, part, y in zip(layers, parts[1:], outputs[1:], strict=True):
+            current.waiting[id(layer)] = y, part.stamp()
         current.drop_in_backward(outputs[0])
         self._inputs.current = current
         return outputs[0]
@@ -175,6 +175,6 @@ def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
 
     A pool on another device than the layer's private tensors is moved to their device.
     """
-    mine, its = part.adapter.sources()[0], first.adapter.sources()[0]
-    same = part.dropout == first.dropout and mine.dtype == its.dtype
-    return same and part.weight.device == x.device == mine.device
+    source, first_source = part.adapter.sources()[0], first.adapter.sources()[0]
+    same = part.dropout == first.dropout and source.dtype == first_source.dtype
+    return same and part.weight.device == x.device == source.device

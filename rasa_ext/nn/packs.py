@@ -157,7 +157,7 @@ class PackSet:
             return cache
         layers = self._layers(device)
         if only:
-            layers = {each: layers[each] for each in layers if each == adapter.spec.index}
+            layers = {key: layers[key] for key in layers if key == adapter.spec.index}
         for index, (sources, _) in layers.items():
             # Read before packing, so that a write by another thread meanwhile makes it stale.
             cache.entries[index] = _Entry(sources)
@@ -180,8 +180,8 @@ class PackSet:
         if not is_sharing():
             owners = (member() for member in self._members.values())
             others = (self._ask(owner) for owner in owners if owner is not None)
-            for each in (adapter, *others):
-                restored(each.sources(), each.config.adapter_dtype)
+            for of_layer in (adapter, *others):
+                restored(of_layer.sources(), of_layer.config.adapter_dtype)
 
     def _link(
         self, cache: _PackCache, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]
@@ -197,10 +197,10 @@ class PackSet:
         ):
             for group, packs in cache.groups:
                 factors = [layers[index][1] for index in group]
-                made = ports(packs, factors, weakref.ref(cache))
-                for index, each in zip(group, made, strict=True):
+                group_ports = ports(packs, factors, weakref.ref(cache))
+                for index, pair in zip(group, group_ports, strict=True):
                     entry = cache.entries[index]
-                    entry.ported = Packed(*entry.pack[:2], *each)
+                    entry.ported = Packed(*entry.pack[:2], *pair)
         cache.linked = True
 
     def __reduce__(self) -> tuple[type[PackSet], tuple[Any, Any]]:
@@ -226,7 +226,7 @@ class Decoding:
     def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if not is_compiling():
             given = (*args[:1], *map(kwargs.get, _TOKENS))
-            tokens = [each for each in given if isinstance(each, Tensor)]
+            tokens = [value for value in given if isinstance(value, Tensor)]
             self.now = bool(tokens) and all(map(_is_one_token, tokens))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -295,7 +295,7 @@ class _Entry:
     def __init__(self, sources: Sequence[Tensor]) -> None:
         # Holding the tensors ensures that no other tensor gets their identities.
         self.stamps: list[_Stamp] = [(s, s._version, s.requires_grad, s.dtype) for s in sources]
-        self.trained = any(each.requires_grad for each in sources)
+        self.trained = any(source.requires_grad for source in sources)
         self.ported: Packed | None = None
         """The pack with ports; None if a factor is computed."""
 
@@ -314,7 +314,7 @@ def _alone(adapter: Adapter, dtype: torch.dtype) -> Packed:
     """Pack one layer."""
     gather(adapter.sources())
     factors = adapter.factors()
-    if torch.is_grad_enabled() and any(each.requires_grad for each in adapter.sources()):
+    if torch.is_grad_enabled() and any(source.requires_grad for source in adapter.sources()):
         return pack_alone(factors, dtype)
     Ap, Bp = pack_layers([factors], dtype)
     return Packed(Ap[0], Bp[0])
@@ -323,8 +323,8 @@ def _alone(adapter: Adapter, dtype: torch.dtype) -> Packed:
 def pack_alone(factors: Factors, dtype: torch.dtype) -> Packed:
     """Pack one layer by operations that autograd differentiates; the ports are wide packs."""
     wide = ops.differentiable_pack(by_expert(factors), dtype, _multiple(factors, dtype))
-    Ap, Bp = (each.detach().to(dtype) for each in wide)
-    return Packed(Ap, Bp, *(each if each.requires_grad else None for each in wide))
+    Ap, Bp = (matrix.detach().to(dtype) for matrix in wide)
+    return Packed(Ap, Bp, *(matrix if matrix.requires_grad else None for matrix in wide))
 
 
 def _alike(layers: Mapping[int, tuple[Any, Factors]]) -> list[list[int]]:
@@ -383,7 +383,7 @@ def ports(
     """
     first, layers = factors[0], len(factors)
     A, _, B, _, d = zip(*factors, strict=True)
-    made = _Gate.apply(packs, factors, cache, first.A_pool, first.B_pool, *A, *B, *d)
+    outputs = _Gate.apply(packs, factors, cache, first.A_pool, first.B_pool, *A, *B, *d)
     A_pool, B_pool = (
         pool is not None and pool.requires_grad for pool in (first.A_pool, first.B_pool)
     )
@@ -392,7 +392,7 @@ def ports(
             down if A_pool or a.requires_grad else None,
             up if B_pool or b.requires_grad or (v is not None and v.requires_grad) else None,
         )
-        for down, up, a, b, v in zip(made[:layers], made[layers:], A, B, d, strict=True)
+        for down, up, a, b, v in zip(outputs[:layers], outputs[layers:], A, B, d, strict=True)
     ]
 
 
@@ -413,11 +413,11 @@ class _Gate(Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.factors, ctx.cache = factors, cache
-        ctx.versions = [_versions(each) for each in factors]
+        ctx.versions = [_versions(of_layer) for of_layer in factors]
         if ops.differentiates_products(packs[0]):
             return *packs[0].unbind(0), *packs[1].unbind(0)
         zero = packs[0].new_zeros((), dtype=ops.accumulation_dtype(packs[0].dtype))
-        down, up = (zero.expand(each.shape).unbind(0) for each in packs)
+        down, up = (zero.expand(pack.shape).unbind(0) for pack in packs)
         return *down, *up
 
     @staticmethod
@@ -442,12 +442,12 @@ class _Gate(Function):
             for i, of_layer in zip(live, own, strict=True):
                 results[2 + i :: layers] = of_layer
         needs = ctx.needs_input_grad[3:]
-        wanted = (each if need else None for each, need in zip(results, needs, strict=True))
+        wanted = (grad if need else None for grad, need in zip(results, needs, strict=True))
         return None, None, None, *wanted
 
 
 def _versions(factors: Factors) -> list[int]:
-    return [-1 if each is None else each._version for each in factors]
+    return [-1 if tensor is None else tensor._version for tensor in factors]
 
 
 def _complete(grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -462,21 +462,21 @@ def _unpack(
     """Return the gradients of A_pool and B_pool, and of every layer's A, B and d."""
     A, _, B, B_pool, d = by_expert(factors[0])
     if A.dim() == 3:
-        down, up = (each[0] if each else None for each in (downs, ups))
+        down, up = (grads[0] if grads else None for grads in (downs, ups))
         dA, dA_pool, dB, dB_pool, dd = ops.pack_experts_backward(down, up, B, B_pool, d)
         if dd is not None and factors[0].d is not None:
             dd = torch.nn.functional.pad(dd, (0, factors[0].d.shape[1] - dd.shape[1]))
         return (dA_pool, dB_pool), [(dA, dB, dd)]
-    diagonals = [each.d for each in factors if each.d is not None]
-    results = ops.pack_group_backward(downs, ups, [each.B for each in factors], B_pool, diagonals)
-    made = [bool(downs), bool(downs), bool(ups), bool(ups), bool(ups and diagonals)]
-    dA, dA_pool, dB, dB_pool, dd = (r if m else None for r, m in zip(results, made, strict=True))
+    diagonals = [f.d for f in factors if f.d is not None]
+    results = ops.pack_group_backward(downs, ups, [f.B for f in factors], B_pool, diagonals)
+    wanted = [bool(downs), bool(downs), bool(ups), bool(ups), bool(ups and diagonals)]
+    dA, dA_pool, dB, dB_pool, dd = (r if w else None for r, w in zip(results, wanted, strict=True))
     none = [None] * len(factors)
-    own = zip(*(none if each is None else each for each in (dA, dB, dd)), strict=True)
+    own = zip(*(none if grads is None else grads for grads in (dA, dB, dd)), strict=True)
     return (dA_pool, dB_pool), list(own)
 
 
-def _wait(pack: tuple[Tensor, Tensor], maker: Any, made: Any) -> None:
+def _wait(pack: tuple[Tensor, Tensor], maker: Any, packed: Any) -> None:
     """Make this stream wait for the packing kernel, and reuse of the memory wait for this stream.
 
     Otherwise a stream other than the maker's could read the pack before it is written, and the
@@ -484,7 +484,7 @@ def _wait(pack: tuple[Tensor, Tensor], maker: Any, made: Any) -> None:
     """
     stream = torch.cuda.current_stream(pack[0].device)
     if stream != maker:
-        stream.wait_event(made)
+        stream.wait_event(packed)
         for tensor in pack:
             tensor.record_stream(stream)
 

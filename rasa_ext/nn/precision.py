@@ -27,7 +27,7 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> None:
     Raises RuntimeError if several processes train: DistributedDataParallel would no longer average
     the gradients of wrapped parameters, and this function cannot see whether they are wrapped.
     """
-    coarse = [each for each in tensors if each is not None and _is_coarse(each, dtype)]
+    coarse = [tensor for tensor in tensors if tensor is not None and _is_coarse(tensor, dtype)]
     if coarse and is_sharing() and dist.get_world_size() > 1:
         raise RuntimeError(
             f"a trained adapter was cast to {coarse[0].dtype}, in which optimizer steps of the "

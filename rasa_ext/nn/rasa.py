@@ -35,12 +35,12 @@ class TensorOwner(nn.Module):
 
         ``getattr`` is slow, and every forward of every layer calls this.
         """
-        found: dict[str, Any] = self._parameters
+        tensors: dict[str, Any] = self._parameters
         if self._buffers:
-            found = {**found, **self._buffers}
-        if len(found) != len(self._names):  # parametrized, or a replica of nn.DataParallel
-            found = {name: getattr(self, name) for name in self._names}
-        return found
+            tensors = {**tensors, **self._buffers}
+        if len(tensors) != len(self._names):  # parametrized, or a replica of nn.DataParallel
+            tensors = {name: getattr(self, name) for name in self._names}
+        return tensors
 
 
 class RasaPool(TensorOwner):
@@ -56,10 +56,10 @@ class RasaPool(TensorOwner):
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
+        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.RasaLinear)]
         >>> layers[0].pool is model.rasa_pools["0"]
         True
-        >>> group = [each for each in layers if each.pool is layers[0].pool]
+        >>> group = [layer for layer in layers if layer.pool is layers[0].pool]
         >>> layers[0].pool.A.shape == (len(group), layers[0].in_features)
         True
     """
@@ -106,8 +106,8 @@ class ContainerPool(RasaPool):
             super().replace(tensors)
             return
         for name in self._names:
-            for found in self._of:
-                found.pop(f"{self._prefix}{name}", None)
+            for registered in self._of:
+                registered.pop(f"{self._prefix}{name}", None)
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self._of[not isinstance(tensor, nn.Parameter)][f"{self._prefix}{name}"] = tensor
@@ -190,7 +190,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
+        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.RasaLinear)]
         >>> layer = layers[0]
         >>> layer.A.shape == (7, layer.in_features), layer.B.shape == (layer.out_features, 7)
         (True, True)

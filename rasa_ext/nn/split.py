@@ -38,7 +38,7 @@ class SplitLinear(AdaptedLinear):
         """Give every process the first one's fresh values."""
         split = split_of(self.base_layer)
         assert split is not None  # patching uses this class only for split layers
-        for tensor in (each for each in adapter.sources() if not each.is_meta):
+        for tensor in (source for source in adapter.sources() if not source.is_meta):
             dist.broadcast(tensor.detach(), group=split.group, group_src=0)
 
     def _over_base(
