@@ -54,13 +54,13 @@ def experts_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """Compute x_e^T y_e (E, m, n) over each expert's rows; zero for an expert without rows."""
     if x.shape[0] and _grouped(x, y):
         return torch_grouped_mm(x.t(), y, offs=offsets).contiguous()
-    found = x.new_zeros((offsets.shape[0], x.shape[1], y.shape[1]))
+    products = x.new_zeros((offsets.shape[0], x.shape[1], y.shape[1]))
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > begin:
-            torch.mm(x[begin:end].t(), y[begin:end], out=found[expert])
+            torch.mm(x[begin:end].t(), y[begin:end], out=products[expert])
         begin = end
-    return found
+    return products
 
 
 def experts_rank_multiple(dtype: torch.dtype) -> int:

@@ -67,9 +67,9 @@ def linear_projections_backward(
     of_U = [None] * len(Bp) if U is None else U.split(ranks, 1)
     parts = zip(grads, weights, of_U, Ap.split(ranks), Bp, strict=True)
     needs = need_x, need_A, need_B
-    found = [
+    grads_of_layers = [
         low_rank_linear_backward(G, x, W, u, down, up, *needs, mask, scale)
         for G, W, u, down, up in parts
     ]
-    dx, dAp, dBp = zip(*found, strict=True)
+    dx, dAp, dBp = zip(*grads_of_layers, strict=True)
     return sum(dx[1:], dx[0]), torch.cat(dAp), list(dBp) if need_B else []

@@ -47,7 +47,7 @@ class Factors(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Apply ``function`` to every tensor."""
-        return Factors._make(None if each is None else function(each) for each in self)
+        return Factors._make(None if tensor is None else function(tensor) for tensor in self)
 
 
 @operator(
@@ -138,8 +138,8 @@ def pack_group_backward(
             dd = torch.cat(dots, 1).to(dtype)
             up *= torch.stack(list(d)).unsqueeze(-1)
         dB, dB_pool = (
-            each.mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            for each in (up[:, :own], up[:, own:].sum(0))
+            grad.mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for grad in (up[:, :own], up[:, own:].sum(0))
         )
     return dA, dA_pool, dB, dB_pool, dd
 
@@ -160,5 +160,5 @@ def differentiable_pack(
     if d is not None:
         Bp = Bp * d.to(wide).unsqueeze(-1)
     if fill := -Ap.shape[-2] % multiple:
-        Ap, Bp = (torch.nn.functional.pad(each, (0, 0, 0, fill)) for each in (Ap, Bp))
+        Ap, Bp = (torch.nn.functional.pad(matrix, (0, 0, 0, fill)) for matrix in (Ap, Bp))
     return Ap, Bp
