@@ -81,9 +81,9 @@ def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:
         <class 'rasa_ext.methods.rasa.RasaConfig'>
     """
     if isinstance(name, str):
-        found = METHODS.get(name) or every_method().get(name)
-        if found is not None:
-            return found
+        config = METHODS.get(name) or every_method().get(name)
+        if config is not None:
+            return config
     raise ValueError(
         f"{what}: expected {' or '.join(map(repr, sorted(every_method())))}, got {name!r}; "
         "upgrade rasa_ext, or install and import the package that defines the method."

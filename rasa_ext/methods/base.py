@@ -335,7 +335,7 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
     """Raise ValueError if a value in a file is too large or has the wrong type for the field."""
     kind: Any = object
     words = ""
-    if each_has := field.metadata.get("counts", 0):
+    if numbers := field.metadata.get("counts", 0):
         kind, words = Mapping, "an object"
     elif isinstance(field.default, tuple):
         kind, words = list | tuple, "a list"
@@ -346,8 +346,8 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
     if isinstance(value, int) and abs(value) >= 1 << 62:
         raise ValueError(f"adapter_config.json: expected {key} to fit in 62 bits, got {value}.")
     counts: Any = value if isinstance(field.default, tuple) else ()
-    for each in counts.values() if isinstance(counts, Mapping) else counts:
-        for count in each if each_has > 1 and isinstance(each, list | tuple) else [each]:
+    for entry in counts.values() if isinstance(counts, Mapping) else counts:
+        for count in entry if numbers > 1 and isinstance(entry, list | tuple) else [entry]:
             if type(count) is not int or not 0 <= count <= MOST_POOLED:
                 raise ValueError(
                     f"adapter_config.json: expected {key} to hold counts of ranks, got {count!r}."
@@ -356,7 +356,7 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
 
 def key_of(field: str) -> str:
     """Return the name of a config's field in ``adapter_config.json`` and in PEFT."""
-    shared = {each.name for each in dataclasses.fields(AdapterConfig)} - {"dropout", "groups"}
+    shared = {f.name for f in dataclasses.fields(AdapterConfig)} - {"dropout", "groups"}
     same = field in shared or field == "rank_pattern"
     return field if same else {"rank": "r"}.get(field, f"rasa_{field}")
 
@@ -532,7 +532,7 @@ def checked_groups(value: Any) -> Groups:
     if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
         raise TypeError(f"groups: expected {kinds}, got {value!r} ({type(value).__name__}).")
     items = value.items() if isinstance(value, Mapping) else value
-    found = []
+    entries = []
     for item in items:
         pair = (item, (item,)) if isinstance(item, str) else item
         if not isinstance(pair, Sequence) or len(pair) != 2:
@@ -541,8 +541,8 @@ def checked_groups(value: Any) -> Groups:
         patterns = (patterns,) if isinstance(patterns, str) else patterns
         if not isinstance(label, str) or not label:
             raise TypeError(f"groups: expected {kinds}, got the name {label!r}.")
-        found.append((label, tuple(_names("groups", patterns))))
-    return tuple(found)
+        entries.append((label, tuple(_names("groups", patterns))))
+    return tuple(entries)
 
 
 def groups_to_json(groups: Any) -> dict[str, list[str]] | None:

@@ -33,7 +33,7 @@ class _Pattern:
         """Return whether the pattern matches the whole name."""
         began = time.thread_time()
         try:
-            found = self.compiled.fullmatch(name, timeout=self.left) is not None
+            matched = self.compiled.fullmatch(name, timeout=self.left) is not None
         except TimeoutError:
             self.left = 0.0
         if (took := time.thread_time() - began) > _NOTICED:
@@ -43,7 +43,7 @@ class _Pattern:
                 f"expected a regular expression that is matched within {_SECONDS} s, got "
                 f"{self.compiled.pattern[:200]!r}."
             )
-        return found
+        return matched
 
 
 _compiled = functools.lru_cache(maxsize=256)(_Pattern)

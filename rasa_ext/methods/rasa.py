@@ -111,8 +111,8 @@ class RasaConfig(AdapterConfig):
         size = self.pool_size(first)
         if not size:
             return {}
-        each = self.grouping_of_experts == "slot" and first.experts
-        stack = (first.experts,) if each else ()
+        by_expert = self.grouping_of_experts == "slot" and first.experts
+        stack = (first.experts,) if by_expert else ()
         return {"A": fresh_A(size, first, dtype, stack), "B": fresh_B(size, first, dtype, stack)}
 
     def ranks(self, num_layers: int) -> tuple[int, int]:
@@ -130,8 +130,8 @@ class RasaConfig(AdapterConfig):
 
     def pool_size(self, spec: LayerSpec) -> int:
         """Return the ranks of a layer's pool: k for each layer, or expert, that shares the pool."""
-        each = self.grouping_of_experts == "layer" and spec.experts
-        return self.ranks(spec.experts if each else spec.num_layers)[1]
+        by_layer = self.grouping_of_experts == "layer" and spec.experts
+        return self.ranks(spec.experts if by_layer else spec.num_layers)[1]
 
     def check_layers(self, names: Collection[str]) -> None:
         """Raise ValueError if a pattern of ``rank_pattern`` matches no adapted layer."""

@@ -31,12 +31,12 @@ def checked_tokens(value: Any) -> Tokens:
         items = list(value)
         if not (items and all(isinstance(item, tuple) for item in items)):
             items = [(INPUT, items)] if items else []
-    found = []
+    tokens = []
     for name, ids in items:
         if not isinstance(name, str):
             raise TypeError(f"trainable_token_indices: expected {_KINDS}, got the name {name!r}.")
-        found.append((name, _checked_ids(name, ids)))
-    return tuple(found)
+        tokens.append((name, _checked_ids(name, ids)))
+    return tuple(tokens)
 
 
 def tokens_to_json(tokens: Tokens) -> list[int] | dict[str, list[int]] | None:
@@ -50,20 +50,20 @@ def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
     of = f" of {name!r}" if name else ""
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise TypeError(f"trainable_token_indices: expected {_KINDS}, got {ids!r}{of}.")
-    found = tuple(sorted(ids) if isinstance(ids, set | frozenset) else ids)
-    for each in found:
-        if isinstance(each, bool) or not isinstance(each, int):
+    tokens = tuple(sorted(ids) if isinstance(ids, set | frozenset) else ids)
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(
-                f"trainable_token_indices: expected integers, got {each!r}{of} "
-                f"({type(each).__name__})."
+                f"trainable_token_indices: expected integers, got {token!r}{of} "
+                f"({type(token).__name__})."
             )
-        if each < 0:
-            raise ValueError(f"trainable_token_indices: expected indices >= 0, got {each}{of}.")
-    if not found:
+        if token < 0:
+            raise ValueError(f"trainable_token_indices: expected indices >= 0, got {token}{of}.")
+    if not tokens:
         raise ValueError(f"trainable_token_indices: expected at least one index{of}, got none.")
-    if len(set(found)) < len(found):
-        twice = next(each for each in found if found.count(each) > 1)
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token in tokens if tokens.count(token) > 1)
         raise ValueError(
             f"trainable_token_indices: expected each token once, got {twice}{of} twice."
         )
-    return found
+    return tokens
