@@ -33,10 +33,10 @@ class Group:
 
     def specs(self, *devices: torch.device) -> list[LayerSpec]:
         """Return a spec per layer, with tensors on ``devices``: one per layer, or one for all."""
-        each = zip(self.names, itertools.cycle(devices))
+        layers = zip(self.names, itertools.cycle(devices))
         return [
             LayerSpec(index, len(self.names), *self.shape, device, name, self.experts)
-            for index, (name, device) in enumerate(each)
+            for index, (name, device) in enumerate(layers)
         ]
 
     def planned(self, config: AdapterConfig) -> dict[str, Adapter]:
@@ -80,13 +80,13 @@ def groups_of(
         experts: how stacked weights are grouped; with "layer" each one is a group.
         groups: ``groups`` of the config.
     """
-    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    members: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, shape in sorted(shapes.items(), key=lambda item: len(item[1])):
         alone = experts == "layer" and len(shape) == 3
-        found.setdefault((name if alone else group_of(name, groups), shape), []).append(name)
+        members.setdefault((name if alone else group_of(name, groups), shape), []).append(name)
     return tuple(
         Group(label, (out, width), tuple(names), *stacked)
-        for (label, (*stacked, out, width)), names in found.items()
+        for (label, (*stacked, out, width)), names in members.items()
     )
 
 
@@ -104,8 +104,8 @@ def group_of(name: str, groups: Groups = ()) -> str:
                 f"group, but for {name!r} it returned {chosen!r}."
             )
         return pattern(name) if chosen is None else chosen
-    found = (label for label, items in groups if any(ends_in(name, each) for each in items))
-    return _whole_names(groups).get(name) or next(found, pattern(name))
+    labels = (label for label, items in groups if any(ends_in(name, item) for item in items))
+    return _whole_names(groups).get(name) or next(labels, pattern(name))
 
 
 @functools.lru_cache(maxsize=8)
@@ -146,7 +146,7 @@ def group_layers(
     return groups_of(shapes, config.grouping_of_experts, groups)
 
 
-def resolve_groups(config: AdapterConfig, found: Iterable[Group]) -> AdapterConfig:
+def resolve_groups(config: AdapterConfig, planned: Iterable[Group]) -> AdapterConfig:
     """Return the config with a callable ``groups`` replaced by the mapping it gave.
 
     The mapping can be written to a file, and gives equal groups on load.
@@ -154,6 +154,6 @@ def resolve_groups(config: AdapterConfig, found: Iterable[Group]) -> AdapterConf
     if not callable(config.layer_groups):
         return config
     labels: dict[str, list[str]] = {}
-    for group in found:
+    for group in planned:
         labels.setdefault(group.pattern, []).extend(group.names)
     return dataclasses.replace(config, groups=labels)

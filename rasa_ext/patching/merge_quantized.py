@@ -118,9 +118,9 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
 
     It is often the embedding's, and thus the dtype of a linear layer's input.
     """
-    adapted = [each for each in model.modules() if isinstance(each, AdaptedLinear)]
-    mine: set[Tensor] = {p for each in adapted for p in each.parameters()}
-    mine |= {t for each in adapted for a in each.adapters() for t in a.pool.values()}
+    adapted = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
+    mine: set[Tensor] = {p for layer in adapted for p in layer.parameters()}
+    mine |= {t for layer in adapted for a in layer.adapters() for t in a.pool.values()}
     others = (p for p in model.parameters() if p not in mine)
     return next((p.dtype for p in others if p.is_floating_point()), None)
 

@@ -76,7 +76,7 @@ Chunk = list[Part]
 def linear_part(name: str, layer: AdaptedLinear, adapters: Sequence[Adapter]) -> Part:
     """Make the part of a linear layer for these adapters."""
     weight = stored_weight(layer.base_layer).detach()
-    pools = tuple(id(tensor) for each in adapters for tensor in each.pool.values())
+    pools = tuple(id(tensor) for adapter in adapters for tensor in adapter.pool.values())
     return Part(
         name,
         layer.base_layer,
@@ -97,7 +97,7 @@ def stack_parts(
             f"{name}[{i}]",
             base,
             weight,
-            tuple(each.of_expert(i) for each in factors),
+            tuple(of_weight.of_expert(i) for of_weight in factors),
             (id(owner), key),
             owner,
             (key, i),
@@ -117,17 +117,18 @@ def chunks_of(parts: Iterable[Part]) -> Iterator[Chunk]:
         tensors = [t for factors in part.factors for t in factors if t is not None]
         adapters = [(t.shape, t.dtype, t.device) for t in tensors]
         alike.setdefault((*base, part.alike, *adapters), []).append(part)
-    for found in alike.values():
-        first = found[0].weight
+    for chunk in alike.values():
+        first = chunk[0].weight
         itemsize = ops.accumulation_dtype(first.dtype).itemsize
         step = max(1, CHUNK_BYTES // max(first.numel() * itemsize, 1))
-        yield from (found[begin : begin + step] for begin in range(0, len(found), step))
+        yield from (chunk[begin : begin + step] for begin in range(0, len(chunk), step))
 
 
 @torch.no_grad()
 def packs_of(chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pack a chunk into Ap (L, R, in) and Bp (L, R, out), R over all adapters of a part."""
-    packs = [_packs(each, dtype) for each in zip(*(part.factors for part in chunk), strict=True)]
+    by_adapter = zip(*(part.factors for part in chunk), strict=True)
+    packs = [_packs(factors, dtype) for factors in by_adapter]
     down, up = zip(*packs, strict=True)
     return torch.cat(down, 1), torch.cat(up, 1)
 
@@ -135,9 +136,9 @@ def packs_of(chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _packs(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pack one adapter of each part."""
     first = factors[0]
-    if any(each.A_pool is not first.A_pool for each in factors):
+    if any(of_part.A_pool is not first.A_pool for of_part in factors):
         # Each part reads other ranks of the pool, or the pool is on another device.
-        downs, ups = zip(*(pack_layers([each], dtype, 1) for each in factors), strict=True)
+        downs, ups = zip(*(pack_layers([of_part], dtype, 1) for of_part in factors), strict=True)
         return torch.cat(downs), torch.cat(ups)
     return pack_layers(factors, dtype, 1)
 

@@ -211,14 +211,14 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
     pool_kind = ContainerPool if isinstance(model, CONTAINERS) else RasaPool
-    made: list[RasaPool] = []
+    pools: list[RasaPool] = []
     decoding = Decoding()
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
         specs = group.specs(*(base.device for base in bases.values()))
         tensors = config.group_tensors(specs)
         pool, packs = pool_kind(tensors) if tensors else None, PackSet(decoding)
-        made += [pool] if pool else []
+        pools += [pool] if pool else []
         for base, spec in zip(bases.values(), specs, strict=True):
             if isinstance(base, StackedBase):
                 stack = RasaExpertWeight(config, spec, pool, packs)
@@ -237,11 +237,11 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
-    if made and not isinstance(made[0], ContainerPool):
-        model.add_module(POOLS, nn.ModuleDict({str(i): each for i, each in enumerate(made)}))
-    for index, each in enumerate(made):
-        if isinstance(each, ContainerPool):
-            each.register(model, f"rasa_pool_{index}_")
+    if pools and not isinstance(pools[0], ContainerPool):
+        model.add_module(POOLS, nn.ModuleDict({str(i): pool for i, pool in enumerate(pools)}))
+    for index, pool in enumerate(pools):
+        if isinstance(pool, ContainerPool):
+            pool.register(model, f"rasa_pool_{index}_")
     link_layers(model, RasaLinear)
     for name in plan.modules_to_save:
         for parameter in model.get_submodule(name).parameters():

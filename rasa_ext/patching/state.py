@@ -176,12 +176,12 @@ def owners(model: nn.Module) -> list[tuple[str, AdapterOwner]]:
 
 def pools(model: nn.Module) -> list[RasaPool]:
     """List the pools of a model, in the order of groups."""
-    return list(dict.fromkeys(each.pool for _, each in owners(model) if each.pool is not None))
+    return list(dict.fromkeys(owner.pool for _, owner in owners(model) if owner.pool is not None))
 
 
 def _modules_of(model: nn.Module, kind: type[_Module]) -> list[tuple[str, _Module]]:
-    found = unwrap(model).named_modules()
-    return [(inner_name(name), each) for name, each in found if isinstance(each, kind)]
+    modules = unwrap(model).named_modules()
+    return [(inner_name(name), module) for name, module in modules if isinstance(module, kind)]
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -206,25 +206,25 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
     """
     patch_state(model)
-    found: dict[int, nn.Parameter] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for _, owner in owners(model):
         for tensor in owner.adapter().sources():
             if isinstance(tensor, nn.Parameter):
-                found.setdefault(id(tensor), tensor)
-    found.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))
-    return list(found.values())
+                parameters.setdefault(id(tensor), tensor)
+    parameters.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))
+    return list(parameters.values())
 
 
 def parameters_of_adapters(model: nn.Module) -> dict[nn.Parameter, None]:
     """Return every adapter parameter, trained or not; each once, in the order of layers."""
-    found: dict[nn.Parameter, None] = {}
+    parameters: dict[nn.Parameter, None] = {}
     for module in model.modules():
         if isinstance(module, AdaptedModule):
             base = set(module.base_layer.parameters())
-            pools = (tensor for each in module.adapters() for tensor in each.pool.values())
+            pools = (tensor for adapter in module.adapters() for tensor in adapter.pool.values())
             mine = (*module.parameters(), *(t for t in pools if isinstance(t, nn.Parameter)))
-            found.update(dict.fromkeys(p for p in mine if p not in base))
-    return found
+            parameters.update(dict.fromkeys(p for p in mine if p not in base))
+    return parameters
 
 
 def trained_by_hand(root: nn.Module) -> dict[str, nn.Parameter]:

@@ -30,13 +30,13 @@ PROJECTIONS_OF_ONE_INPUT = (
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Replace each module by ``new[module]``, under every name it is registered by."""
-    found = [
+    places = [
         (parent, key, child)
         for parent in model.modules()
         for key, child in parent._modules.items()
         if child is not None and child in new
     ]
-    for parent, key, child in found:
+    for parent, key, child in places:
         parent._modules[key] = new[child]
 
 

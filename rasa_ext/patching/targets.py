@@ -111,13 +111,13 @@ def check_base(name: str, base: Base) -> None:
 
 
 def _choose(
-    found: Survey, config: AdapterConfig, names: Collection[str], saved: Collection[str]
+    survey: Survey, config: AdapterConfig, names: Collection[str], saved: Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
     """Choose the layers to adapt among ``names``; return them, and the others with the reason."""
     explicit = config.target_modules != ALL_LINEAR
     chosen: list[str] = []
     skipped: dict[str, str] = {}
-    for name in _matched(found, names, config.target_modules):
+    for name in _matched(survey, names, config.target_modules):
         within = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
         if matches(name, config.exclude_modules):
             skipped[name] = EXCLUDED
@@ -128,14 +128,14 @@ def _choose(
             )
         elif within is not None:
             skipped[name] = "trained in full, named by modules_to_save"
-        elif explicit and name in found.refused:
+        elif explicit and name in survey.refused:
             raise ValueError(
-                f"target_modules: cannot adapt {name!r}: {found.refused[name]}; {INSTEAD}."
+                f"target_modules: cannot adapt {name!r}: {survey.refused[name]}; {INSTEAD}."
             )
-        elif name in found.refused:
-            skipped[name] = found.refused[name]
-        elif not explicit and name in found.left_out:
-            skipped[name] = found.left_out[name]
+        elif name in survey.refused:
+            skipped[name] = survey.refused[name]
+        elif not explicit and name in survey.left_out:
+            skipped[name] = survey.left_out[name]
         else:
             chosen.append(name)
     if not chosen:
@@ -145,14 +145,14 @@ def _choose(
             why += " names in a list."
         raise ValueError(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
-            f"leaves none of the model's {len(found.linears)}.{why}{_others(found, config)}"
+            f"leaves none of the model's {len(survey.linears)}.{why}{_others(survey, config)}"
         )
     taken = set(chosen)
     for name in names:
         if name not in taken:
             skipped.setdefault(name, "not named by target_modules")
-    for name in found.pointwise_convolutions:
-        if not any(name == each or name.startswith(f"{each}.") for each in saved):
+    for name in survey.pointwise_convolutions:
+        if not any(name == s or name.startswith(f"{s}.") for s in saved):
             skipped[name] = "a 1x1 convolution, not a linear layer"
     return chosen, skipped
 
@@ -175,11 +175,11 @@ def resolve_config(
     saved = _with_ties(found, [n for n in modules if matches(n, config.modules_to_save)])
     groups = config.layer_groups
     if not callable(groups):
-        kept = (
-            (label, tuple(each for each in items if any(ends_in(name, each) for name in modules)))
+        known_items = (
+            (label, tuple(item for item in items if any(ends_in(name, item) for name in modules)))
             for label, items in groups
         )
-        groups = tuple((label, items) for label, items in kept if items)
+        groups = tuple((label, items) for label, items in known_items if items)
     return dataclasses.replace(
         config,
         target_modules=targets,
@@ -198,12 +198,12 @@ def matches(name: str, names: Names) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
-def _others(found: Survey, config: AdapterConfig) -> str:
+def _others(survey: Survey, config: AdapterConfig) -> str:
     """Return a clause for errors: matched modules with weights that are not linear layers."""
     targets = config.target_modules
     meant = {
         name: type(module).__name__
-        for name, module in found.modules.items()
+        for name, module in survey.modules.items()
         if not is_linear(module)
         and any(p.dim() > 1 for p in module.parameters(recurse=False))
         and (targets == ALL_LINEAR or matches(name, targets))
@@ -214,19 +214,19 @@ def _others(found: Survey, config: AdapterConfig) -> str:
     return f" {shown}{more}{way_out}" if meant else ""
 
 
-def _matched(found: Survey, names: Collection[str], targets: Names) -> list[str]:
+def _matched(survey: Survey, names: Collection[str], targets: Names) -> list[str]:
     """Return the names that ``target_modules`` matches."""
     if targets == ALL_LINEAR:
         return list(names)
     for item in () if isinstance(targets, str) else targets:
         if any(matches(name, (item,)) for name in names):
             continue
-        if any(matches(name, (item,)) for name in found.stacks):
+        if any(matches(name, (item,)) for name in survey.stacks):
             raise ValueError(
                 f"target_modules: {item!r} names stacked expert weights, which are adapted "
                 "with the argument experts, such as experts='shared'."
             )
-        for name, module in found.modules.items():
+        for name, module in survey.modules.items():
             if matches(name, (item,)):
                 raise ValueError(
                     f"target_modules: expected names of linear layers, but {name!r} is a "
@@ -241,32 +241,32 @@ def _matched(found: Survey, names: Collection[str], targets: Names) -> list[str]
     return [name for name in names if matches(name, targets)]
 
 
-def _modules_to_save(found: Survey, names: Collection[str]) -> tuple[str, ...]:
+def _modules_to_save(survey: Survey, names: Collection[str]) -> tuple[str, ...]:
     saved: dict[str, None] = {}
     for item in names:
-        meant = [name for name in found.modules if name and matches(name, (item,))]
+        meant = [name for name in survey.modules if name and matches(name, (item,))]
         if not meant:
             raise ValueError(
                 f"modules_to_save: expected suffixes of module names, but no module's name ends "
                 f"in {item!r}."
             )
         saved.update(dict.fromkeys(meant))
-    return _with_ties(found, saved)
+    return _with_ties(survey, saved)
 
 
-def _with_ties(found: Survey, saved: Collection[str]) -> tuple[str, ...]:
+def _with_ties(survey: Survey, saved: Collection[str]) -> tuple[str, ...]:
     """Add the modules that share a weight with ``saved`` ones, which training changes as well.
 
     PEFT copies the modules that a file names, which unties them from the others.
     """
-    chosen = {name: module for name, module in found.modules.items() if name in saved}
+    chosen = {name: module for name, module in survey.modules.items() if name in saved}
     weights = {parameter for module in chosen.values() for parameter in module.parameters()}
     inside = tuple(f"{name}." for name in saved)
-    for name, module in found.modules.items():
+    for name, module in survey.modules.items():
         shares = not weights.isdisjoint(module.parameters(recurse=False))
         if name and shares and not f"{name}.".startswith(inside):
             chosen[name] = module
-    return tuple(name for name in found.modules if name in chosen)
+    return tuple(name for name in survey.modules if name in chosen)
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:

@@ -65,42 +65,42 @@ def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
                     "are one module or share one weight; name one of them, or give both the same "
                     "list."
                 )
-    found = []
+    rows = []
     for table, (_, ids) in chosen.items():
         readers = [n for n in first.values() if id(stored_weight(tables[n])) == table]
         readers.sort(key=lambda name: isinstance(tables[name], nn.Linear))
         for name in readers:
             _check(name, tables[name], ids, config)
-        found.append(TokenRows(tuple(readers), ids, tables[readers[0]].weight.shape[1]))
-    return tuple(found)
+        rows.append(TokenRows(tuple(readers), ids, tables[readers[0]].weight.shape[1]))
+    return tuple(rows)
 
 
 def _named(
     model: nn.Module, suffix: str, tables: Mapping[str, nn.Embedding | nn.Linear]
 ) -> list[str]:
     """Return the names of the tables that an entry of the config matches."""
-    embeddings = {name: each for name, each in tables.items() if isinstance(each, nn.Embedding)}
+    embeddings = {name: table for name, table in tables.items() if isinstance(table, nn.Embedding)}
     if suffix != INPUT:
-        found = [name for name in tables if f".{name}".endswith(f".{suffix}")]
-        if not found:
+        names = [name for name in tables if f".{name}".endswith(f".{suffix}")]
+        if not names:
             raise ValueError(
                 f"{ARGUMENT}: expected name suffixes of embeddings or linear heads, but no name "
                 f"ends in {suffix!r}; the model's embeddings are "
                 f"{', '.join(map(repr, embeddings)) or 'none'}."
             )
-        return found
+        return names
     given = call_or_none(model, "get_input_embeddings")
     given = getattr(given, "base_layer", getattr(given, "original_module", given))  # ours, PEFT's
-    found = [name for name, each in embeddings.items() if each is given]
-    if not found and len({id(each.weight) for each in embeddings.values()}) == 1:
-        found = list(embeddings)
-    if not found:
+    names = [name for name, table in embeddings.items() if table is given]
+    if not names and len({id(table.weight) for table in embeddings.values()}) == 1:
+        names = list(embeddings)
+    if not names:
         raise ValueError(
             f"{ARGUMENT}: expected a mapping from embedding names to lists, because the model does "
             "not define its input embedding, got a list; the model's embeddings are "
             f"{', '.join(map(repr, embeddings)) or 'none'}."
         )
-    return found[:1]
+    return names[:1]
 
 
 def _check(
@@ -141,10 +141,10 @@ def _check(
 
 def check_not_adapted(rows: Sequence[TokenRows], adapted: Sequence[str]) -> None:
     """Raise ValueError if an adapted layer's weight has trained rows."""
-    for each in rows:
-        if both := [name for name in each.names if name in adapted]:
+    for table_rows in rows:
+        if both := [name for name in table_rows.names if name in adapted]:
             raise ValueError(
-                f"{ARGUMENT}: rows of {each.names[0]!r} are trained, but target_modules also "
+                f"{ARGUMENT}: rows of {table_rows.names[0]!r} are trained, but target_modules also "
                 f"adapts {both[0]!r}, which has the same weight; name it in one of the two, or in "
                 "exclude_modules."
             )
@@ -154,19 +154,19 @@ def make_modules(
     model: nn.Module, rows: Sequence[TokenRows], dtype: torch.dtype
 ) -> dict[nn.Module, TrainedTokens]:
     """Make the replacements of all modules that read a table with trained rows."""
-    made: dict[nn.Module, TrainedTokens] = {}
-    for each in rows:
+    modules: dict[nn.Module, TrainedTokens] = {}
+    for table_rows in rows:
         owner = None
-        for name in each.names:
+        for name in table_rows.names:
             table: Any = model.get_submodule(name)
-            made[table] = TrainedTokens(table, each.ids, dtype, owner)
-            owner = owner or made[table]
-    return made
+            modules[table] = TrainedTokens(table, table_rows.ids, dtype, owner)
+            owner = owner or modules[table]
+    return modules
 
 
 def trained_tokens(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
     """List ``(name, module)`` of all readers of trained rows, each once, in module order."""
-    return [(name, each) for name, each in model.named_modules() if isinstance(each, TrainedTokens)]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, TrainedTokens)]
 
 
 def row_owners(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
