@@ -91,12 +91,12 @@ def pool_key(first: str, field: str) -> str:
 
 def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Return the layers' tensors by key in a file; the first layer of a group has the pool."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
         pool = adapter.pool if adapter.spec.index == 0 else {}
-        found.update((pool_key(name, field), tensor) for field, tensor in pool.items())
-        found.update((own_key(name, field), tensor) for field, tensor in adapter.own.items())
-    return found
+        tensors.update((pool_key(name, field), tensor) for field, tensor in pool.items())
+        tensors.update((own_key(name, field), tensor) for field, tensor in adapter.own.items())
+    return tensors
 
 
 def save_adapter(
@@ -239,18 +239,18 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
     there = names_in_state(unwrap(model), adapter_tensors(model))
     # Once a group's first layer had the pool.
     older = {key: key.removeprefix(PREFIX).replace(".rasa_pool_", ".pool.") for key in there}
-    found: dict[str, Tensor] = {}
-    for each in shards:
-        found.update(read_tensors(each, {*there.values(), *older.values()}))
+    stored: dict[str, Tensor] = {}
+    for shard in shards:
+        stored.update(read_tensors(shard, {*there.values(), *older.values()}))
     names = ((key, name) for either in (older, there) for key, name in either.items())
-    tensors = {key: found[name] for key, name in names if name in found}
+    tensors = {key: stored[name] for key, name in names if name in stored}
     return load_tensors_into(model, patch_state(model).config, tensors, where)
 
 
 def names_in_state(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the name in ``state_dict`` of each of the ``adapter_tensors``, by key in a file."""
     named = (root.named_parameters, root.named_buffers)
-    state = [(inner_name(n), t) for each in named for n, t in each(remove_duplicate=False)]
+    state = [(inner_name(n), t) for of_kind in named for n, t in of_kind(remove_duplicate=False)]
     names, known = {id(t): n for n, t in state}, {n for n, _ in state}
     plain = {key: key.removeprefix(PREFIX) for key in tensors}
     return {
@@ -319,13 +319,13 @@ def _by_hand(root: nn.Module, keys: Collection[str]) -> dict[str, nn.Parameter]:
     named = root.named_parameters(remove_duplicate=False)
     frozen = {f"{PREFIX}{n}".replace(".base_layer.", "."): p for n, p in named}
     plain = {key: key.replace(".base_layer.", ".") for key in sorted(keys)}
-    found = {key: frozen[name] for key, name in plain.items() if name in frozen}
-    check_in_memory(found)
-    return {key: p for key, p in found.items() if p.is_floating_point()}
+    parameters = {key: frozen[name] for key, name in plain.items() if name in frozen}
+    check_in_memory(parameters)
+    return {key: p for key, p in parameters.items() if p.is_floating_point()}
 
 
 def own_names(
-    found: Mapping[str, Tensor], expected: Iterable[str], shown: Callable[[str], str], where: str
+    tensors: Mapping[str, Tensor], expected: Iterable[str], shown: Callable[[str], str], where: str
 ) -> dict[str, Tensor]:
     """Rename tensors from ``shown(key)`` to the ``expected`` key; leave other names.
 
@@ -334,13 +334,13 @@ def own_names(
     ours: dict[str, str] = {}
     for key in expected:
         name = shown(key)
-        if ours.setdefault(name, key) != key and name in found:
+        if ours.setdefault(name, key) != key and name in tensors:
             raise ValueError(
                 f"{where}: expected a pool for each group of layers, but {name} would be the pool "
                 "of several groups, since the model has layers of several shapes or paths under "
                 "this name."
             )
-    return {ours.get(key, key): tensor for key, tensor in found.items()}
+    return {ours.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -361,13 +361,13 @@ def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
                     yield key, tensor
 
 
-def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
+def _other_base(tensors: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
     """Return a hint for an adapter that does not fit: which model it is for, and what to do."""
-    if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
+    if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in tensors):
         return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
     theirs, ours = (
         Counter(pattern(key) for key in keys if key.endswith(".rasa_A"))
-        for keys in (found, expected)
+        for keys in (tensors, expected)
     )
     kind = next((kind for kind in theirs if theirs[kind] != ours[kind]), "")
     layers = kind.removeprefix(PREFIX).removesuffix(".rasa_A")
@@ -404,7 +404,8 @@ def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
     """Raise ValueError if the adapted layers are not the ones of the plan, or were moved."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:
-            now = next((each for each in layers if each.endswith(name.rpartition(".")[2])), None)
+            end = name.rpartition(".")[2]
+            now = next((other for other in layers if other.endswith(end)), None)
             raise ValueError(
                 f"model: expected the adapted layer {name!r} where patch_model put it, found none "
                 f"there (a similar name is {now!r}); wrap the whole model, not parts of it."
@@ -464,13 +465,13 @@ def _check_indices(
     """Raise ValueError if indices in a file, such as input features, exceed a layer's range."""
     for group in planned:
         first = next(iter(group))
-        for name, made in group.items():
-            if all(tensor.is_floating_point() for tensor in made.own.values()):
+        for name, adapter in group.items():
+            if all(tensor.is_floating_point() for tensor in adapter.own.values()):
                 break
-            pool = {field: tensors[pool_key(first, field)] for field in made.pool}
-            own = {key: tensors[own_key(name, key)].to(t.dtype) for key, t in made.own.items()}
+            pool = {field: tensors[pool_key(first, field)] for field in adapter.pool}
+            own = {key: tensors[own_key(name, key)].to(t.dtype) for key, t in adapter.own.items()}
             try:
-                made.config.factors(own, pool, made.spec)
+                adapter.config.factors(own, pool, adapter.spec)
             except (IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{where}: expected indices within the layer or its pool, but {name!r} has "

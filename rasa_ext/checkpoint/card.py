@@ -114,8 +114,8 @@ class Base:
         """Make it from the name or path that a model states."""
         if not name_or_path:
             return cls(None, None)
-        found = hub_id(name_or_path)
-        return cls(found, found or re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1])
+        hub_name = hub_id(name_or_path)
+        return cls(hub_name, hub_name or re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1])
 
     @property
     def source(self) -> str:
@@ -222,7 +222,7 @@ def lora_card(
         {
             **about(base, config),
             "rank of the LoRA": f"{settings['r']}, with scale 1",
-            "adapted": ", ".join(f"`{each}`" for each in adapted),
+            "adapted": ", ".join(f"`{layer}`" for layer in adapted),
             **_trained(export),
             "experts": f"layout `{layout}`" if layout else "",
         },
@@ -292,8 +292,8 @@ def _layers(config: AdapterConfig, plan: Plan) -> str:
     """Return a table of the layer groups, with shapes and effective ranks."""
     lines = ["| layers | how many | out x in | rank of the change |", "| --- | --- | --- | --- |"]
     for group in plan.groups[:_ROWS]:
-        found = {adapter.factors().rank for adapter in group.planned(config).values()}
-        ranks = " to ".join(map(str, sorted({min(found), max(found)})))
+        ranks_of_layers = {adapter.factors().rank for adapter in group.planned(config).values()}
+        ranks = " to ".join(map(str, sorted({min(ranks_of_layers), max(ranks_of_layers)})))
         shape = " x ".join(map(str, (*([group.experts] if group.experts else []), *group.shape)))
         lines.append(f"| `{group.pattern}` | {len(group.names)} | {shape} | {ranks} |")
     if (more := len(plan.groups) - _ROWS) > 0:

@@ -89,8 +89,8 @@ def stacked_weights(model: nn.Module) -> list[StackedWeight]:
 def path_in_checkpoint(path: str, experts: Any) -> str:
     """Return the path of an experts module in checkpoints."""
     old, new, _ = _family(experts)
-    head, found, tail = path.rpartition(old) if old else (path, "", "")
-    return f"{head}{new}{tail}" if found else path
+    head, middle, tail = path.rpartition(old) if old else (path, "", "")
+    return f"{head}{new}{tail}" if middle else path
 
 
 def parts_of(experts: Any, stack: str) -> dict[str, slice]:

@@ -191,10 +191,10 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             f"{path}: damaged or cut, since it does not parse as safetensors ({error}); "
             f"{_ANOTHER_COPY}."
         ) from None
-    if names is None and stated is not None and stated != (found := digest(tensors)):
+    if names is None and stated is not None and stated != (actual := digest(tensors)):
         raise ValueError(
             f"{path}: expected tensors with the SHA-256 that the file states, {stated}, got "
-            f"{found}; the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
+            f"{actual}; the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
         )
     return tensors
 

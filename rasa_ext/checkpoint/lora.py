@@ -110,7 +110,7 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
             saved[key.removeprefix(PREFIX).replace(".modules_to_save.", ".")] = tensor
     if not parts:
         raise ValueError(f"{directory}: expected lora_A and lora_B of some layers, found none.")
-    factors = {name: _factors(name, found, str(directory)) for name, found in parts.items()}
+    factors = {name: _factors(name, pair, str(directory)) for name, pair in parts.items()}
     scales = {name: _scale(name, A.shape[0], config) for name, (_, A) in factors.items()}
     return Lora(factors, scales, saved, rows, config)
 
@@ -162,13 +162,13 @@ def _reasons(config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _factors(name: str, found: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
-    missing = {"A", "B"} - set(found)
+def _factors(name: str, pair: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
+    missing = {"A", "B"} - set(pair)
     if missing:
         raise ValueError(
             f"{where}: expected both factors of {name}, but lora_{missing.pop()} is missing."
         )
-    B, A = found["B"], found["A"]
+    B, A = pair["B"], pair["A"]
     if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] > 0:
         raise ValueError(
             f"{where}: expected lora_A (r, in) and lora_B (out, r) of {name}, got "
@@ -209,13 +209,13 @@ def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterS
         >>> import copy
         >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
         9
-        >>> found = rasa_ext.import_lora(model, "lora")
-        >>> found.config.rank, found.config.k
+        >>> adapter = rasa_ext.import_lora(model, "lora")
+        >>> adapter.config.rank, found.config.k
         (9, 0)
     """
-    found = convert_lora(model, read_lora(directory), str(directory))
-    found.install(model)
-    return found
+    adapter = convert_lora(model, read_lora(directory), str(directory))
+    adapter.install(model)
+    return adapter
 
 
 @torch.no_grad()
@@ -252,9 +252,9 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
     tensors = _exact(lora, plan)
     expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
     expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
-    found = {**lora.saved, **lora.rows}
-    check_tensors(found, expected, where)
-    tensors.update((f"{PREFIX}{name}", found[name]) for name in expected)
+    others = {**lora.saved, **lora.rows}
+    check_tensors(others, expected, where)
+    tensors.update((f"{PREFIX}{name}", others[name]) for name in expected)
     return AdapterState(config, plan, tensors)
 
 
@@ -284,12 +284,12 @@ def _saved_modules(model: nn.Module, lora: Lora, where: str) -> tuple[str, ...]:
     """Return the names of the modules that the LoRA's file holds in full."""
     modules = {name for name, _ in model.named_modules() if name}
     listed = [m for m in modules if matches(m, tuple(lora.config.get("modules_to_save") or ()))]
-    found: dict[str, None] = {}
+    owners: dict[str, None] = {}
     for key in lora.saved:
         owner = next((m for m in listed if key.startswith(f"{m}.")), key.rpartition(".")[0])
         if owner not in modules:
             raise ValueError(
                 f"{where}: expected tensors of this model, which has no {owner!r} for {key}."
             )
-        found[owner] = None
-    return tuple(found)
+        owners[owner] = None
+    return tuple(owners)

@@ -136,8 +136,8 @@ class Truncation(NamedTuple):
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
-        >>> found = rasa_ext.export_error(model, rank=4)  # not yet trained: dW is zero
-        >>> found.error, found.layers["model.layers.0.mlp.down_proj"]
+        >>> truncation = rasa_ext.export_error(model, rank=4)  # not yet trained: dW is zero
+        >>> truncation.error, found.layers["model.layers.0.mlp.down_proj"]
         (0.0, 0.0)
     """
 
@@ -200,14 +200,19 @@ def _export_of(model: nn.Module, device: str | None = None) -> Export:
         )
 
     def adapted(base: Any, layers: Mapping[str, AdapterOwner]) -> Adapted:
-        found = {name: layer.adapter().factors() for name, layer in layers.items()}
-        return Adapted(base, {name: f.map(lambda t: t.to(device)) for name, f in found.items()})
+        factors = {name: layer.adapter().factors() for name, layer in layers.items()}
+        return Adapted(base, {name: f.map(lambda t: t.to(device)) for name, f in factors.items()})
 
     return Export(
         root=root,
         config=state.config,
-        linears={n: adapted(each.base_layer, {WEIGHT: each}) for n, each in adapted_layers(root)},
-        experts={n: adapted(each.base_layer, each.stacks()) for n, each in adapted_experts(root)},
+        linears={
+            name: adapted(layer.base_layer, {WEIGHT: layer}) for name, layer in adapted_layers(root)
+        },
+        experts={
+            name: adapted(experts.base_layer, experts.stacks())
+            for name, experts in adapted_experts(root)
+        },
         saved={
             **{key: rows.detach() for key, rows in row_tensors(root).items()},
             **saved_tensors(root, state.plan),

@@ -141,13 +141,13 @@ def _names(root: Any, names: list[str]) -> dict[str, str]:
     architecture = _FAMILIES[root.config.model_type][0]
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(number, root.config.num_hidden_layers)
-    found = {name: table.get_name(name) for name in names}
-    if missing := [name for name in names if found[name] is None]:
+    renamed = {name: table.get_name(name) for name in names}
+    if missing := [name for name in names if renamed[name] is None]:
         raise ValueError(
             f"format: expected layers that llama.cpp has a name for, but its {architecture!r} has "
             f"none for {missing[0]!r}; leave the layer out of target_modules, or {INSTEAD}."
         )
-    return found
+    return renamed
 
 
 def _write_mlx(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: Any) -> None:
@@ -156,7 +156,7 @@ def _write_mlx(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: An
     mlx-lm computes y + scale (x lora_a) lora_b, so lora_a = A^T (in, R) and lora_b = B^T (R, out).
     Keys are names within a block, or whole names of layers outside the blocks.
     """
-    found = {
+    tensors = {
         f"{name}.lora_{letter}": factor.cpu().t().contiguous()
         for name, (A, B) in pairs.items()
         for letter, factor in (("a", A), ("b", B))
@@ -172,5 +172,5 @@ def _write_mlx(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: An
             "keys": list(dict.fromkeys(_BLOCK.sub("", name) for name in pairs)),
         },
     }
-    save_file(found, folder / MLX, metadata={"format": "mlx"})
+    save_file(tensors, folder / MLX, metadata={"format": "mlx"})
     write_json(folder / CONFIG, config)

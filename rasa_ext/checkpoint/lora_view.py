@@ -47,10 +47,10 @@ class Export:
     def effective_rank(self) -> int:
         """Return the largest rank of a weight's change."""
         layers = (*self.linears.values(), *self.experts.values())
-        return max(each.rank for layer in layers for each in layer.factors.values())
+        return max(factors.rank for layer in layers for factors in layer.factors.values())
 
     def tied_to_embedding(self) -> str | None:
         """Return an adapted layer that shares the weight of an embedding, or None."""
         tables = {id(m.weight) for m in self.root.modules() if isinstance(m, nn.Embedding)}
-        weights = {name: id(stored_weight(each.base)) for name, each in self.linears.items()}
+        weights = {name: id(stored_weight(linear.base)) for name, linear in self.linears.items()}
         return next((name for name, weight in weights.items() if weight in tables), None)

@@ -51,15 +51,15 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
         >>> model = rasa_ext.load_official(model, "checkpoint")
         >>> rasa_ext.save_adapter(model, "adapter")  # in this package's format
     """
-    settings, found = read_adapter(directory)
+    settings, tensors = read_adapter(directory)
     for weight in stacked_weights(unwrap(model)):
-        if any(key.startswith(f"{PREFIX}{weight.path}.") for key in found):
+        if any(key.startswith(f"{PREFIX}{weight.path}.") for key in tensors):
             raise ValueError(
                 f"{directory}: expected an adapter of linear layers, got one of single experts, "
                 f"which the model stacks in {weight.name!r}; load_official_experts of "
                 "rasa_research.checkpoint, in the package rasa-ext-research, reads it."
             )
-    return load_official_tensors(model, RasaConfig.from_dict(settings), found, str(directory))
+    return load_official_tensors(model, RasaConfig.from_dict(settings), tensors, str(directory))
 
 
 def load_official_tensors(

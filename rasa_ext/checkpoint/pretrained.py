@@ -81,8 +81,8 @@ def _refuse_part(model: nn.Module, prefix: str, _keep_vars: bool) -> None:
     """
     frame = sys._getframe() if prefix else None
     while frame is not None:
-        its = frame.f_locals if frame.f_code.co_name == "save_pretrained" else {}
-        outer, part = its.get("self"), prefix.rstrip(".")
+        variables = frame.f_locals if frame.f_code.co_name == "save_pretrained" else {}
+        outer, part = variables.get("self"), prefix.rstrip(".")
         # PEFT writes only the adapters that it made.
         if (
             isinstance(outer, nn.Module)
@@ -95,7 +95,7 @@ def _refuse_part(model: nn.Module, prefix: str, _keep_vars: bool) -> None:
                 f"layers; call rasa_ext.save_adapter(model.{part}, directory) or, to save the "
                 f"whole model, rasa_ext.merge_and_unload(model.{part}) first."
             )
-            if not _is_checkpoint(its.get("save_directory", "")):
+            if not _is_checkpoint(variables.get("save_directory", "")):
                 raise ValueError(text)
             warnings.warn(text, stacklevel=2)
             return
@@ -179,12 +179,12 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
     for _, owner in owners(root):
         mine |= {id(tensor) for tensor in owner.adapter().sources()}
     saved = tuple(f"{name}." for name in patch_state(root).plan.modules_to_save)
-    found = {
+    tensors = {
         id(tensor): (name, tensor.detach())
         for name, tensor in reversed(root.state_dict(keep_vars=True).items())
         if id(tensor) in mine or name.startswith(saved) or getattr(tensor, "requires_grad", False)
     }
-    return dict(reversed(found.values()))
+    return dict(reversed(tensors.values()))
 
 
 def _nothing_missing(model: nn.Module, keys: Any) -> None:
@@ -222,7 +222,7 @@ def _plain_state(root: nn.Module, state: Mapping[str, Tensor] | None) -> dict[st
     for key, tensor in (root.state_dict() if state is None else state).items():
         if key.startswith(f"{POOLS}."):
             continue
-        prefix = next((each for each in layers if key.startswith(each)), None)
+        prefix = next((layer for layer in layers if key.startswith(layer)), None)
         if prefix is None:
             plain[key] = tensor
         elif key.startswith(f"{prefix}base_layer."):
