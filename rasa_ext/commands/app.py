@@ -37,7 +37,7 @@ class _Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the arguments; raise BadParameter with our name for an option of TRL or PEFT."""
-        known = {each.name for each in self.params}
+        known = {parameter.name for parameter in self.params}
         for word in args:
             ours = OTHER_NAMES.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
             if word.startswith("--") and ours in known:

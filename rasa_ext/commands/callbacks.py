@@ -95,8 +95,8 @@ class MetricsCallback(TrainerCallback):
             self._shown = now
             seconds = sum(values(state.log_history, "seconds"))
             elapsed, left = (
-                datetime.timedelta(seconds=round(each))
-                for each in (seconds, seconds / step * (steps - step))
+                datetime.timedelta(seconds=round(duration))
+                for duration in (seconds, seconds / step * (steps - step))
             )
             self.console.print(
                 f"step {step}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "

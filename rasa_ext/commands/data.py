@@ -242,11 +242,11 @@ def rows_for_sft(
     if not (template and tokenizer.chat_template):
         return [list(rows) for rows in sets], False
     turns = [[_to_the_last_answer(row, tokenizer) for row in rows] for rows in sets]
-    several = any(len(_answers(each)) > 1 for rows in turns for each in rows)
+    several = any(len(_answers(row)) > 1 for rows in turns for row in rows)
     if several and _can_mark_turns(tokenizer):
-        return [[{"messages": each} for each in rows] for rows in turns], True
+        return [[{"messages": row} for row in rows] for rows in turns], True
     return [
-        [{"prompt": each[:i], "completion": [each[i]]} for each in rows for i in _answers(each)]
+        [{"prompt": row[:i], "completion": [row[i]]} for row in rows for i in _answers(row)]
         for rows in turns
     ], False
 

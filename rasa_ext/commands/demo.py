@@ -98,12 +98,12 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     test = make_problems(size.held_out, split="test", seed=seed)
     learnt = make_problems(size.steps * size.batch_size, split="train", seed=seed)
     for name, problems in (("train.jsonl", learnt), ("test.jsonl", test)):
-        write_examples(output / name, ({"messages": conversation(each)} for each in problems))
+        write_examples(output / name, ({"messages": conversation(problem)} for problem in problems))
     prompts = [
         tokenizer.apply_chat_template(
-            conversation(each)[:-1], tokenize=False, add_generation_prompt=True
+            conversation(problem)[:-1], tokenize=False, add_generation_prompt=True
         )
-        for each in test
+        for problem in test
     ]
 
     def answers() -> list[str]:
@@ -131,14 +131,14 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     rasa_ext.load_adapter(model, adapter)
     after = answers()
     with working("Exporting and merging the adapter, and loading both again"):
-        texts = [prompt + each.working for prompt, each in zip(prompts[:8], test, strict=False)]
+        texts = [prompt + p.working for prompt, p in zip(prompts[:8], test, strict=False)]
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         batch = batch.to(model.device)
         real = batch["attention_mask"].bool()
 
         @torch.inference_mode()
-        def logits(each: torch.nn.Module) -> torch.Tensor:
-            return each(**batch).logits[real]
+        def logits(network: torch.nn.Module) -> torch.Tensor:
+            return network(**batch).logits[real]
 
         expected = logits(model)
         rank = rasa_ext.export_lora(model, lora, card=rasa_ext.Card.read(adapter))
@@ -151,7 +151,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
 
     right = [problem.answer for problem in test]
     table = table_of(f"{len(test)} held-out problems", "before", "after")
-    table.add_row("exact match", *(f"{exact_match(each, right):.0%}" for each in (before, after)))
+    table.add_row("exact match", *(f"{exact_match(said, right):.0%}" for said in (before, after)))
     losses = (f"{loss:.3f}" for loss in (result["eval_loss_before"], result["eval_loss"]))
     table.add_row("loss per solution token", *losses)
     console.print(table)

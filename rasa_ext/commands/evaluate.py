@@ -61,16 +61,16 @@ def evaluate(
     judged = answers and None not in expected
     table = table_of(f"{len(examples):,} examples of {data}", "loss", "exact match")
     given: dict[str, list[str]] = {}
-    for name, each, tokenizer in measuring.each_model(targets, model, dtype):
+    for name, loaded, tokenizer in measuring.each_model(targets, model, dtype):
         console.print(f"{name}: {len(examples):,} examples", markup=False)
         uses = trained_with_template(name) if template is None else template
-        loss = measuring.held_out_loss(each, tokenizer, examples, uses, seq_len, batch_size)
+        loss = measuring.held_out_loss(loaded, tokenizer, examples, uses, seq_len, batch_size)
         matched = "-"
         if judged:
             prompts = [prompt for prompt, _ in questions(examples, tokenizer, uses)]
             with working(f"Answering {len(prompts)} questions"):
                 given[name] = measuring.greedy_answers(
-                    each,
+                    loaded,
                     tokenizer,
                     prompts,
                     max_new_tokens,

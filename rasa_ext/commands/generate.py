@@ -55,9 +55,9 @@ def generate(
     if temperature:
         options["temperature"] = temperature
     before = [] if system is None else [{"role": "system", "content": system}]
-    for name, each, tokenizer in each_model(targets, model, dtype):
+    for name, loaded, tokenizer in each_model(targets, model, dtype):
         uses = trained_with_template(name) if template is None else template
-        answer = functools.partial(print_answer, each, tokenizer, uses, seed, options)
+        answer = functools.partial(print_answer, loaded, tokenizer, uses, seed, options)
         if prompt is None:
             _talk(answer, before)
         for text in prompt or ():

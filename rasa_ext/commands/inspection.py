@@ -85,8 +85,8 @@ def read_groups(
 
     keys: dict[str, list[str]] = {}
     for key in tensors:
-        if found := re.fullmatch(r"(.+)\.(?:rasa_\w+|lora_[AB]\.weight)", key):
-            keys.setdefault(found[1].removeprefix(PREFIX), []).append(key)
+        if match := re.fullmatch(r"(.+)\.(?:rasa_\w+|lora_[AB]\.weight)", key):
+            keys.setdefault(match[1].removeprefix(PREFIX), []).append(key)
     groups, grouped = [], set()
     for group, factors in _factors(config, tensors, directory, model):
         parts = [key for name in factors for key in keys.get(name, ())]
@@ -141,17 +141,17 @@ def _show_adapter(directory: Path, model: str | None) -> None:
         if value not in (None, [], {})
     }
     kind = str(config.get("rasa_method") or config.get("peft_type"))
-    found = every_method().get(kind.lower())
-    title = kind if found is None else found.title
+    method = every_method().get(kind.lower())
+    title = kind if method is None else method.title
     base = config.get("base_model_name_or_path") or "a model without a name"
     console.print(f"An adapter of the method {title} for {base}.", markup=False)
     console.print(pairs_of(settings))
     if groups:
         table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")
-        for each in groups:
-            ranks = map(_span, (*zip(*each.ranks, strict=True), tuple(map(sum, each.ranks))))
-            numbers = (len(each.ranks), _shape(each.shape, each.experts), *ranks)
-            table.add_row(each.pattern, *map(str, numbers), f"{each.parameters:,}")
+        for group in groups:
+            ranks = map(_span, (*zip(*group.ranks, strict=True), tuple(map(sum, group.ranks))))
+            numbers = (len(group.ranks), _shape(group.shape, group.experts), *ranks)
+            table.add_row(group.pattern, *map(str, numbers), f"{group.parameters:,}")
         console.print(table)
     if other:
         shown = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in other[:4])

@@ -120,7 +120,7 @@ def greedy_answers(
         return_full_text=False,
         add_special_tokens=special_tokens,
     )
-    return [each[0]["generated_text"].strip() for each in answers]
+    return [answer[0]["generated_text"].strip() for answer in answers]
 
 
 def last_number(text: str) -> float | None:
@@ -142,8 +142,8 @@ def by_pattern(pattern: str) -> Rule:
         ) from None
 
     def rule(text: str) -> str | None:
-        found = [match[1 if compiled.groups else 0] for match in compiled.finditer(text)]
-        return found[-1].strip() if found and found[-1] is not None else None
+        groups = [match[1 if compiled.groups else 0] for match in compiled.finditer(text)]
+        return groups[-1].strip() if groups and groups[-1] is not None else None
 
     return rule
 

@@ -34,8 +34,8 @@ class _Console(Console):
     """A console that prints no control characters but rich's own."""
 
     def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
-        for each in super().render(*args, **kwargs):
-            yield each if each.control else each._replace(text=printable(each.text))
+        for segment in super().render(*args, **kwargs):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 # A command prints its results to the console (stdout), and progress and errors to stderr.
@@ -92,23 +92,23 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     hints = typing.get_type_hints(function, include_extras=True)
     wrapped.__doc__, helps = documented(function)
     parameters = []
-    for each in inspect.signature(function).parameters.values():
-        kind = hints[each.name]
-        if each.name in helps:
-            declare = typer.Option if each.kind is each.KEYWORD_ONLY else typer.Argument
-            kind = Annotated[kind, declare(help=helps[each.name])]
-        parameters.append(each.replace(annotation=kind))
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if parameter.name in helps:
+            declare = typer.Option if parameter.kind is parameter.KEYWORD_ONLY else typer.Argument
+            kind = Annotated[kind, declare(help=helps[parameter.name])]
+        parameters.append(parameter.replace(annotation=kind))
     vars(wrapped)["__signature__"] = inspect.Signature(parameters)
-    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 
 
-def documented(each: Any) -> tuple[str, dict[str, str]]:
+def documented(source: Any) -> tuple[str, dict[str, str]]:
     """Return a docstring's text before the section ``Args``, and the section's entries by name."""
-    about, _, entries = (inspect.getdoc(each) or "").partition("\nArgs:\n")
+    about, _, entries = (inspect.getdoc(source) or "").partition("\nArgs:\n")
     entries, _, _ = entries.partition("\n\n")
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", entries, re.MULTILINE | re.DOTALL)
-    return about.rstrip(), {name: " ".join(text.split()) for name, text in found}
+    parts = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", entries, re.MULTILINE | re.DOTALL)
+    return about.rstrip(), {name: " ".join(text.split()) for name, text in parts}
 
 
 @contextlib.contextmanager
@@ -174,11 +174,11 @@ def _prepare() -> None:
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they log during import
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for each in (console, progress):
+    for printer in (console, progress):
         # Of the processes that torchrun starts, the first prints; all of them print errors.
-        each.quiet = os.environ.get("RANK", "0") != "0"
-        if not each.is_terminal:
-            each.width = 10_000
+        printer.quiet = os.environ.get("RANK", "0") != "0"
+        if not printer.is_terminal:
+            printer.width = 10_000
 
 
 def _one_sentence(error: Exception, output: str) -> str | None:

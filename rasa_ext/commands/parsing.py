@@ -63,7 +63,7 @@ def options_of(
         vars(declared)["__signature__"] = inspect.Signature(parameters)
         declared.__name__, declared.__annotations__ = function.__name__, types
         # Python 3.13 removes the indentation of docstrings, and older versions do not.
-        about, entries = (inspect.getdoc(each) or "" for each in (function, fields))
+        about, entries = (inspect.getdoc(source) or "" for source in (function, fields))
         declared.__doc__ = f"{about}\n\nArgs:\n" + entries.partition("Args:\n")[2]
         return declared
 
@@ -200,8 +200,8 @@ def check_differs(
     if output.is_file():
         raise ValueError(f"output: expected a folder, but {output} is a file.")
     check_output(output, overwrite=overwrite)
-    if found := [path.name for pattern in beside for path in output.glob(pattern)]:
+    if names := [path.name for pattern in beside for path in output.glob(pattern)]:
         raise ValueError(
-            f"output: expected no {found[0]} in {output}, since readers would load it together "
+            f"output: expected no {names[0]} in {output}, since readers would load it together "
             "with the new files; move it or choose another --output."
         )
