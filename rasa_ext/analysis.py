@@ -80,8 +80,8 @@ class GroupAnalysis:
     @property
     def weights(self) -> list[tuple[LayerAnalysis, ...]]:
         """Layers by the weight they change: all experts of one weight, or a single layer."""
-        each = self.experts or 1
-        return [self.layers[i : i + each] for i in range(0, len(self.layers), each)]
+        size = self.experts or 1
+        return [self.layers[i : i + size] for i in range(0, len(self.layers), size)]
 
 
 def analyze(model: nn.Module) -> list[GroupAnalysis]:
@@ -107,9 +107,9 @@ def analyze(model: nn.Module) -> list[GroupAnalysis]:
         >>> groups[0].layers[0].effective_rank  # not yet trained
         0.0
     """
-    plan, found = patch_state(model).plan, dict(owners(model))
+    plan, layers = patch_state(model).plan, dict(owners(model))
     return [
-        _analyze_group(group, {name: found[name].adapter().factors() for name in group.names})
+        _analyze_group(group, {name: layers[name].adapter().factors() for name in group.names})
         for group in plan.groups
     ]
 
@@ -142,8 +142,8 @@ def analyze_adapter(
         >>> [group.pattern for group in analyze_adapter("adapter")]
         ['model.layers.*.mlp.down_proj']
     """
-    found = factors_by_group(*read_adapter(directory), directory, model)
-    return [_analyze_group(group, factors) for group, factors in found]
+    groups = factors_by_group(*read_adapter(directory), directory, model)
+    return [_analyze_group(group, factors) for group, factors in groups]
 
 
 def factors_by_group(
@@ -172,7 +172,7 @@ def factors_by_group(
         >>> rasa_ext.save_adapter(model, "adapter")
         >>> settings, tensors = rasa_ext.checkpoint.read_adapter("adapter")
         >>> ((group, factors),) = factors_by_group(settings, tensors, "adapter")
-        >>> {each.rank for each in factors.values()}
+        >>> {own.rank for own in factors.values()}
         {9}
     """
     config = read_method(settings)
@@ -261,14 +261,14 @@ def _factors(
 ) -> dict[str, Factors]:
     """Return a group's factors by layer name; the pool is stored under one of the layers."""
     pools = (_under(tensors, pool_key(member, "")) for member in group.names)
-    pool, found, planned = next(filter(None, pools), {}), {}, group.planned(config)
+    pool, factors, planned = next(filter(None, pools), {}), {}, group.planned(config)
     for spec in group.specs(torch.device("cpu")):
         own, meant = _under(tensors, own_key(spec.name, "")), planned[spec.name]
         for given, expected in ((own, meant.own), (pool, meant.pool)):
             if any(n not in given or given[n].shape != t.shape for n, t in expected.items()):
                 raise LookupError(f"those of {spec.name!r} have other names or shapes")
-        found[spec.name] = config.factors(own, pool, spec)
-    return found
+        factors[spec.name] = config.factors(own, pool, spec)
+    return factors
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _analyze_group(group: Group, factors: Mapping[str, Factors]) -> GroupAnalysis:
     experts: Sequence[int | None] = range(group.experts) or (None,)
-    layers = (_analyze_layer(n, each, expert) for n, each in factors.items() for expert in experts)
+    layers = (_analyze_layer(n, own, expert) for n, own in factors.items() for expert in experts)
     return GroupAnalysis(group.pattern, group.shape, tuple(layers), group.experts)
 
 

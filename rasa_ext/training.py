@@ -62,12 +62,12 @@ def parameter_groups(
     for _, owner in owners(model):
         for name, rate in config.learning_rates(owner.spec).items():
             rates[id(owner.own_tensors()[name])] = rate
-    found: dict[Rate, list[nn.Parameter]] = {}
+    by_rate: dict[Rate, list[nn.Parameter]] = {}
     for parameter in dict.fromkeys([*adapter_parameters(model), *model.parameters()]):
         if parameter.requires_grad:
-            found.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
+            by_rate.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
     groups: list[dict[str, Any]] = []
-    for rate, parameters in found.items():
+    for rate, parameters in by_rate.items():
         decay = weight_decay * rate.weight_decay
         group = {"params": parameters, "lr": lr * rate.lr, "weight_decay": decay}
         groups.append(group if eps is None else {**group, "eps": eps * rate.eps})
@@ -137,14 +137,14 @@ def replace_tensors(
     check_unmerged(model)
     if any(
         isinstance(tensor, nn.Parameter)
-        and all(tensor is not each for each in owner.tensors().values())
+        and all(tensor is not old for old in owner.tensors().values())
         for owner, own in tensors.items()
         for tensor in own.values()
     ):
         _check_unwrapped(model)
     patch_state(model).config = config
-    for _, each in owners(model):
-        each.config = config
+    for _, layer in owners(model):
+        layer.config = config
     for owner, own in tensors.items():
         owner.replace(own)
     drop_packs(model)

@@ -235,8 +235,8 @@ def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     old.mkdir()
     try:
         for path in dict.fromkeys(leaving):
-            kept = path.is_dir() and not path.is_symlink() and (source / path.name).is_file()
-            if os.path.lexists(path) and not kept:
+            stays = path.is_dir() and not path.is_symlink() and (source / path.name).is_file()
+            if os.path.lexists(path) and not stays:
                 os.replace(path, old / path.name)
         for path in new:
             os.replace(path, target / path.name)
@@ -253,7 +253,7 @@ def _put_back(old: Path, target: Path, over: tuple[str, ...] = ("*",)) -> None:
     """Move old files back, replacing only new ones whose names match ``over``."""
     for path in _in_order(old):
         there = target / path.name
-        if os.path.lexists(there) and not any(fnmatch(path.name, each) for each in over):
+        if os.path.lexists(there) and not any(fnmatch(path.name, pattern) for pattern in over):
             continue
         if path.is_dir():  # the new one may be there
             shutil.rmtree(there, ignore_errors=True)
@@ -278,17 +278,17 @@ def _finish(folder: Path) -> None:
 @contextlib.contextmanager
 def created(folder: Path) -> Iterator[None]:
     """Create a folder and missing parents; after an error within, remove what was created."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for each in missing:
+        for path in missing:
             with contextlib.suppress(OSError):
-                each.rmdir()
+                path.rmdir()
         raise
 
 
 def _nearest(path: Path) -> Path:
     """Return the path itself, or the nearest parent that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
