@@ -29,11 +29,7 @@ Config = TypeVar("Config", bound=AdapterConfig)
 
 
 def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    *,
-    weight_decay: float = 0.0,
-    eps: float | None = None,
+    model: nn.Module, lr: float, *, weight_decay: float = 0.0, eps: float | None = None
 ) -> list[dict[str, Any]]:
     """Return an optimizer's parameter groups for a patched model, with the method's rates.
 

@@ -116,9 +116,7 @@ def file_in(directory: str | os.PathLike[str], name: str) -> Path:
     return directory / name
 
 
-def read_adapter(
-    directory: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config and tensors of one version, even if a save runs meanwhile.
 
     Args:
@@ -301,10 +299,7 @@ def check_finite(
 
 
 def check_tensors(
-    found: Mapping[str, Tensor],
-    expected: Mapping[str, Iterable[int]],
-    where: str,
-    hint: str = "",
+    found: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], where: str, hint: str = ""
 ) -> None:
     """Check that tensors have exactly the expected names and shapes.
 

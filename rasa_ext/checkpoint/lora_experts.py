@@ -19,11 +19,7 @@ from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import expert_weight_names, is_experts
-from rasa_ext.checkpoint.expert_names import (
-    is_concatenated,
-    parts_of,
-    path_in_checkpoint,
-)
+from rasa_ext.checkpoint.expert_names import is_concatenated, parts_of, path_in_checkpoint
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_view import Adapted, Export
 from rasa_ext.methods.base import checked_choice

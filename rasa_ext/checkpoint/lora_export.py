@@ -102,10 +102,7 @@ def export_lora(
 
 
 def export_size(
-    model: nn.Module,
-    *,
-    expert_layout: str | None = None,
-    rank: int | None = None,
+    model: nn.Module, *, expert_layout: str | None = None, rank: int | None = None
 ) -> int:
     """Count the bytes of the tensors that ``export_lora`` would write, without making them.
 

@@ -16,12 +16,7 @@ INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 
 
 def warn_of_readers(
-    export: Export,
-    layout: str | None,
-    parameters: list[str],
-    *,
-    default: bool,
-    allow_dropped: bool,
+    export: Export, layout: str | None, parameters: list[str], *, default: bool, allow_dropped: bool
 ) -> None:
     """Warn, three callers up, about what some reader does not support, or raise ValueError.
 

@@ -21,12 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
-from rasa_ext.checkpoint.adapter import (
-    adapter_tensors,
-    names_in_state,
-    save_adapter,
-    write_tensors,
-)
+from rasa_ext.checkpoint.adapter import adapter_tensors, names_in_state, save_adapter, write_tensors
 from rasa_ext.checkpoint.card import PLAIN
 from rasa_ext.checkpoint.files import check_tensors
 from rasa_ext.patching.state import (

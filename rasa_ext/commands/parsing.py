@@ -167,11 +167,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_differs(
-    sources: Iterable[str | Path],
-    output: Path,
-    *,
-    overwrite: bool,
-    beside: Iterable[str] = STALE,
+    sources: Iterable[str | Path], output: Path, *, overwrite: bool, beside: Iterable[str] = STALE
 ) -> None:
     """Check that ``output`` can be written and is none of the sources.
 

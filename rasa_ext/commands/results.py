@@ -20,10 +20,7 @@ from rasa_ext.patching.state import patch_state
 
 
 def write_results(
-    trainer: AdapterTrainer,
-    options: FinetuneOptions,
-    interrupted: bool,
-    trainable: int,
+    trainer: AdapterTrainer, options: FinetuneOptions, interrupted: bool, trainable: int
 ) -> dict[str, Any]:
     """Write adapter, card, tokenizer, `loss.png` and `summary.json`; return the summary.
 

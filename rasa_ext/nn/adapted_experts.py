@@ -16,12 +16,7 @@ from rasa_ext.base_layers.experts import (
 )
 from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
-from rasa_ext.nn.routed import (
-    Routing,
-    experts_linear,
-    experts_low_rank,
-    packed_experts_linear,
-)
+from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank, packed_experts_linear
 from rasa_ext.ops import Factors
 
 

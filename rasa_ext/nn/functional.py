@@ -115,12 +115,7 @@ class _AdaptedProjections(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        n: int,
-        mask: Tensor | None,
-        scale: float,
-        *tensors: Any,
+        ctx: Any, x: Tensor, n: int, mask: Tensor | None, scale: float, *tensors: Any
     ) -> tuple[Tensor, ...]:
         weights, biases, downs, Bp, *_ = _lists(tensors, n)
         Ap = torch.cat(downs)
@@ -129,12 +124,7 @@ class _AdaptedProjections(Function):
         needs = ctx.needs_input_grad[4 + 4 * n :]
         ctx.needs = any(needs[:n]), any(needs[n:])
         ctx.save_for_backward(
-            x if ctx.needs[0] else None,
-            U if ctx.needs[1] else None,
-            mask,
-            Ap,
-            *weights,
-            *Bp,
+            x if ctx.needs[0] else None, U if ctx.needs[1] else None, mask, Ap, *weights, *Bp
         )
         ctx.scale, ctx.width = scale, x.shape[-1]
         return tuple(unflatten_like(output, x) for output in y)
@@ -170,12 +160,7 @@ class _AdaptedProjections(Function):
 class _AdaptedGroup(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        Ap: Tensor,
-        Bp: Tensor,
-        *tensors: Tensor,
+        ctx: Any, x: Tensor, bias: Tensor | None, Ap: Tensor, Bp: Tensor, *tensors: Tensor
     ) -> Tensor:
         weights = list(tensors[: len(x)])
         y, U = ops.linear_group(x, weights, bias, Ap, Bp)

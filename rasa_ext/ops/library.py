@@ -30,9 +30,7 @@ _R = TypeVar("_R")
 
 
 def operator(
-    schema: str,
-    fake: Callable[..., Any] | None = None,
-    composed: bool = False,
+    schema: str, fake: Callable[..., Any] | None = None, composed: bool = False
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Define an operator from a PyTorch kernel; the decorated name then calls the operator.
 

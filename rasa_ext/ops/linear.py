@@ -48,12 +48,7 @@ low_rank_linear = operator(
 
 
 def linear_add(
-    y: Tensor,
-    x: Tensor,
-    Ap: Tensor,
-    Bp: Tensor,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
+    y: Tensor, x: Tensor, Ap: Tensor, Bp: Tensor, mask: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Compute y + U Bp (M, out) and U = X Ap^T (M, Rp), for a base that is not a plain GEMM."""
     U = project(x, Ap, mask, scale)

@@ -78,11 +78,7 @@ def pack_group(
 
 
 def _rows(
-    own: Tensor,
-    pool: Tensor | None,
-    D: Tensor | None,
-    dtype: torch.dtype,
-    multiple: int,
+    own: Tensor, pool: Tensor | None, D: Tensor | None, dtype: torch.dtype, multiple: int
 ) -> Tensor:
     """Return [own ; pool ; 0] (L, Rp, width) of every layer in ``dtype``, scaled by D (L, R, 1)."""
     layers, ranks, width = own.shape

@@ -243,10 +243,7 @@ def _switch(model: nn.Module, off: bool) -> None:
 
 
 def _merge(
-    model: nn.Module,
-    dtype: torch.dtype | None,
-    keep_base: bool,
-    quiet: bool = False,
+    model: nn.Module, dtype: torch.dtype | None, keep_base: bool, quiet: bool = False
 ) -> float:
     state, root = patch_state(model), unwrap(model)
     if state.merged is not None:

@@ -23,14 +23,7 @@ from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
 from rasa_ext.patching.grouping import resolve_groups
-from rasa_ext.patching.state import (
-    POOLS,
-    STATE,
-    PatchState,
-    patch_state,
-    pools,
-    unwrap,
-)
+from rasa_ext.patching.state import POOLS, STATE, PatchState, patch_state, pools, unwrap
 from rasa_ext.patching.swap import (
     enable_input_require_grads,
     link_layers,
