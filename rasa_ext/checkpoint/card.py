@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext._version import __version__
+from rasa_ext.checkpoint.lora_readers import BASE_FOLDER, serving_help
 from rasa_ext.checkpoint.lora_view import Export
-from rasa_ext.checkpoint.serving import BASE_FOLDER, serving_help
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.targets import Plan
 

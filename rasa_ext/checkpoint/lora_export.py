@@ -16,7 +16,7 @@ from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import checked_layout
 from rasa_ext.checkpoint.lora_file import factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
-from rasa_ext.checkpoint.lora_limits import INSTEAD
+from rasa_ext.checkpoint.lora_readers import INSTEAD
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.nn.rasa import AdapterOwner

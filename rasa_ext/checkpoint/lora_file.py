@@ -17,7 +17,7 @@ from rasa_ext.checkpoint.card import Card, lora_card, write_card
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_experts import checked_layout, expert_factors, targets_of
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, check_format, write_format
-from rasa_ext.checkpoint.lora_limits import warn_of_readers
+from rasa_ext.checkpoint.lora_readers import warn_of_readers
 from rasa_ext.checkpoint.lora_view import WEIGHT, Export
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.methods.base import checked_integer

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.files import CONFIG, PREFIX, write_files, write_json
-from rasa_ext.checkpoint.lora_limits import INSTEAD
+from rasa_ext.checkpoint.lora_readers import GGUF, INSTEAD
 from rasa_ext.checkpoint.lora_view import Export
-from rasa_ext.checkpoint.serving import GGUF
 from rasa_ext.methods.base import checked_choice
 from rasa_ext.patching.tokens import ROWS
 

@@ -43,7 +43,7 @@ def export_lora(
     import torch
 
     import rasa_ext
-    from rasa_ext.checkpoint.serving import serving_help
+    from rasa_ext.checkpoint.lora_readers import serving_help
     from rasa_ext.commands.models import base_of, copy_tokenizer, load_model
     from rasa_ext.patching.state import adapted_experts
 

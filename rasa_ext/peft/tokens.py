@@ -10,7 +10,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.lora_limits import peft_ties
+from rasa_ext.checkpoint.lora_readers import peft_ties
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, tables_of
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlavaConfig
 
 import rasa_ext
-from rasa_ext.checkpoint.serving import serving_help
+from rasa_ext.checkpoint.lora_readers import serving_help
 from rasa_ext.commands import models as model_loading
 from rasa_ext.commands.measuring import exact_match, greedy_answers, last_number
 from rasa_ext.commands.models import (
