@@ -22,7 +22,7 @@ TOKENIZER = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"),
     "additional_chat_templates",  # a folder
 )
-"""Files of an earlier tokenizer, which readers would add to a new one that lacks them."""
+"""Files of a tokenizer; old ones are removed, since readers would mix them with a new tokenizer."""
 
 INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of the temporary folder within the output folder, and of the two folders in it."""
@@ -168,7 +168,7 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = ()) -> It
             living.enter_context(_locked(temporary))  # held while this process lives
         try:
             yield temporary / NEW
-            _finish(temporary / NEW)
+            _flush(temporary / NEW)
             with _locked(parent):
                 _clear(parent, name, output)
                 _put(temporary / NEW, output, stale)
@@ -265,7 +265,7 @@ def _in_order(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda path: (path.name in CONFIGS, path.name))
 
 
-def _finish(folder: Path) -> None:
+def _flush(folder: Path) -> None:
     """Give files the umask's mode, and flush them to the disk."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):

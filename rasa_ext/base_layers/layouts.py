@@ -249,8 +249,8 @@ class PackedStack(NamedTuple):
 def packed_experts(module: nn.Module, name: str) -> PackedStack | None:
     """Return a stacked weight of a known layout, or None.
 
-    Known are transformers' FP8Experts, with scales of the tensor, of halves, or of blocks, and
-    its Mxfp4GptOssExperts with loaded weights, in the order of any card's kernels.
+    Known layouts are transformers' FP8Experts, with scales of the tensor, of halves, or of blocks,
+    and its Mxfp4GptOssExperts with loaded weights, in the order of any card's kernels.
     """
     weight: Any = getattr(module, name, None)
     kind = type(module).__name__
@@ -323,7 +323,7 @@ def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
     block = block or (1, size or -(-width // scale.shape[-1]))
 
     def rows(grid: Tensor) -> Tensor:
-        """Return the rows of a grid whose rows are one, the weight's or those of blocks."""
+        """Return these rows of a grid that has one row, one per row of W, or one per block."""
         if len(grid) == 1:
             return grid
         if len(grid) == out:

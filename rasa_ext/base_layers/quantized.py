@@ -221,7 +221,7 @@ def is_rotated(settings: Mapping[str, Any]) -> bool:
 
 
 def _stored_settings(config: Any) -> dict[str, Any]:
-    """Return how a model's config.json says that it is quantized, as far as the file is here."""
+    """Return the quantization settings of a model's config.json, if the file is on this machine."""
     try:
         stored, _ = config.get_config_dict(config._name_or_path, local_files_only=True)
     except (AttributeError, OSError, ValueError):
@@ -289,9 +289,9 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _unknown_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype of what a linear layer without a matrix of numbers has instead, or None.
+    """Return the dtype of a linear layer's packed weight, or None if the weight is dense.
 
-    Also of an embedding that compressed-tensors packs, whose forward would need its hook.
+    An embedding that compressed-tensors packs counts as well: its forward needs the library's hook.
     """
     if isinstance(module, nn.Embedding):
         weight = stored_weight(module)

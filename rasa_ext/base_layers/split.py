@@ -105,11 +105,11 @@ class _Style(NamedTuple):
 
 def _style(base: nn.Module) -> _Style | None:
     """Return the style of a module's tensor parallelism, or None."""
-    if (style := _closed_over(base.__dict__.get("forward"), "self", "mesh")) is not None:
+    if (style := _from_closure(base.__dict__.get("forward"), "self", "mesh")) is not None:
         reads, gives = style.input_layouts, style.output_layouts
         return _Style(type(style).__name__, reads, gives, style.use_local_output)
-    before = (_closed_over(hook, "input_fn") for hook in base._forward_pre_hooks.values())
-    after = (_closed_over(hook, "output_fn") for hook in base._forward_hooks.values())
+    before = (_from_closure(hook, "input_fn") for hook in base._forward_pre_hooks.values())
+    after = (_from_closure(hook, "output_fn") for hook in base._forward_hooks.values())
     reads, gives = (
         next((hook for hook in closures if isinstance(hook, partial)), None)
         for closures in (before, after)
@@ -120,8 +120,8 @@ def _style(base: nn.Module) -> _Style | None:
     return _Style(gives.func.__qualname__.partition(".")[0], read, given, local)
 
 
-def _closed_over(function: Any, name: str, *others: str) -> Any:
-    """Return what a function closes over by name, if it does so and by other names; or None."""
+def _from_closure(function: Any, name: str, *others: str) -> Any:
+    """Return a variable of a function's closure, or None unless the closure has all the names."""
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     closes_over = {name, *others} <= set(names)
     return function.__closure__[names.index(name)].cell_contents if closes_over else None

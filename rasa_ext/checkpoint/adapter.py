@@ -290,7 +290,7 @@ def load_tensors_into(
     else:
         check_unpatched(model)
         plan = make_plan(model, config, found=found)
-    check_in_memory(dict(_changed(root, plan)))
+    check_in_memory(dict(_tensors_to_fill(root, plan)))
     planned = [group.planned(config) for group in plan.groups]
     expected = _expected(root, planned, plan)
     tensors = _with_ties(root, plan, own_names(tensors, expected, shown, where))
@@ -343,7 +343,7 @@ def own_names(
     return {ours.get(key, key): tensor for key, tensor in tensors.items()}
 
 
-def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+def _tensors_to_fill(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the modules that an adapter is loaded into, patched or not.
 
     Weights of linear layers that accelerate moves to a device when they run are left out.
@@ -395,7 +395,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             f"model: {merged[0]} was unfrozen by hand, and an adapter is merged into its layer; "
             "call rasa_ext.unmerge(model) before saving."
         )
-    others = {**row_tensors(root), **_live(root, plan), **by_hand}
+    others = {**row_tensors(root), **_saved_state(root, plan), **by_hand}
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in others.items())
     return tensors
 
@@ -436,10 +436,10 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
         >>> list(rasa_ext.checkpoint.saved_tensors(model, plan))
         ['model.norm.weight']
     """
-    return {key: tensor.detach() for key, tensor in _live(root, plan).items()}
+    return {key: tensor.detach() for key, tensor in _saved_state(root, plan).items()}
 
 
-def _live(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
+def _saved_state(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
         for name in plan.modules_to_save

@@ -111,7 +111,7 @@ class Base:
 
     @classmethod
     def of(cls, name_or_path: str | None) -> Base:
-        """Make it from the name or path that a model states."""
+        """Return the base for the name or path that a model states."""
         if not name_or_path:
             return cls(None, None)
         hub_name = hub_id(name_or_path)
@@ -379,7 +379,7 @@ def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]
 
 
 def _sealed(text: str) -> str:
-    """Append the line that shows later whether the card was edited."""
+    """Append the seal: a line that shows later whether the card was edited."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return (
         f"{text}\n<!-- Written by rasa_ext and replaced by its next save, unless you edit it: "
@@ -388,13 +388,13 @@ def _sealed(text: str) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Split a card into the text and that line, which is empty if missing."""
+    """Split a card into the text and the seal, which is empty if missing."""
     seal = _SEAL.search(text)
     return (text[: seal.start()], seal[0]) if seal else (text, "")
 
 
 def _text(path: Path) -> str:
-    """Return the text of a card; "" for what no card is, or one too large to read in seconds."""
+    """Return the text of a card; "" if there is none, or it is too large to read in seconds."""
     try:
         small = path.is_file() and path.stat().st_size <= _LARGEST
         return path.read_bytes().decode() if small else ""

@@ -127,7 +127,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; {way}."
         )
-    if reason := next(_reasons(config), None):
+    if reason := next(_beyond_lora(config), None):
         raise ValueError(
             f"{where}: expected a plain LoRA, but adapter_config.json has {reason}; {_MERGE}."
         )
@@ -144,7 +144,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: expected a finite lora_alpha, got {alpha}.")
 
 
-def _reasons(config: Mapping[str, Any]) -> Iterator[str]:
+def _beyond_lora(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the settings that make an adapter more than a LoRA of the base's linear layers."""
     for name in _VARIANTS:
         if config.get(name):
@@ -249,7 +249,7 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
         trainable_token_indices=lora.config.get("trainable_token_indices"),
     )
     config, plan = plan_layers(model, config, lora.shapes, where)
-    tensors = _exact(lora, plan)
+    tensors = _padded_factors(lora, plan)
     expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
     expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
     others = {**lora.saved, **lora.rows}
@@ -258,7 +258,7 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
     return AdapterState(config, plan, tensors)
 
 
-def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
+def _padded_factors(lora: Lora, plan: Plan) -> dict[str, Tensor]:
     """Return the LoRA's factors, padded to one rank with a fresh A and a B of zeros."""
     tensors = {}
     for group in plan.groups:

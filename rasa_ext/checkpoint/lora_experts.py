@@ -67,16 +67,16 @@ def expert_factors(
     inner = path
     for name in _nested(stack):
         if layout == SHARED_OUTER:
-            yield from _shared(path, stack, name, rank)
+            yield from _shared_outer(path, stack, name, rank)
         else:
             Ap, Bp = (
                 nn.functional.pad(pack, (0, 0, 0, rank - pack.shape[1]))
                 for pack in ops.differentiable_pack(stack.factors[name], torch.float32)
             )
             if layout == PEFT:
-                yield from _stacked(inner, stack.base, Ap, Bp)
+                yield from _peft_pair(inner, stack.base, Ap, Bp)
             else:
-                yield from _single(path, stack.base, name, Ap, Bp)
+                yield from _per_expert(path, stack.base, name, Ap, Bp)
         inner += ".base_layer"
 
 
@@ -87,7 +87,7 @@ def _nested(stack: Adapted) -> list[str]:
     return sorted(stack.factors, key=names.index, reverse=True)
 
 
-def _stacked(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _peft_pair(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield PEFT's layout, in which target_parameters wraps the module ``path``.
 
     PEFT assumes (experts, out, in) unless a module states that it is transposed; Llama 4's does
@@ -99,7 +99,7 @@ def _stacked(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str
     yield f"{PREFIX}{path}.lora_B.weight", second.permute(2, 1, 0).flatten(1)
 
 
-def _single(
+def _per_expert(
     path: str, base: Any, name: str, Ap: Tensor, Bp: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a pair per matrix of each expert; gate and up have equal A."""
@@ -111,7 +111,7 @@ def _single(
             yield f"{key}B.weight", B.t()[rows]
 
 
-def _shared(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[str, Tensor]]:
+def _shared_outer(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Yield SGLang's layout: factors that all experts share are stored once; d goes to the others.
 
     Where gate and up rows alternate, they are written apart, under unambiguous names.

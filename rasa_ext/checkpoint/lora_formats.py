@@ -49,7 +49,7 @@ def check_format(format: str, export: Export) -> None:
     if format != PEFT_FILES:
         _check_plain(format, export)
     if format == "gguf":
-        _names(export.root, list(export.linears))
+        _gguf_names(export.root, list(export.linears))
 
 
 def _check_plain(format: str, export: Export) -> None:
@@ -105,7 +105,7 @@ def _write_gguf(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: A
 
     architecture, reordered = _FAMILIES[root.config.model_type]
     heads = root.config.num_attention_heads
-    renamed = _names(root, list(pairs))
+    renamed = _gguf_names(root, list(pairs))
     writer = gguf.GGUFWriter(folder / GGUF, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -129,7 +129,7 @@ def _as_pairs(B: Tensor, heads: int) -> Tensor:
     return torch.stack(B.unflatten(0, (heads, 2, -1)).unbind(1), 2).reshape(B.shape).contiguous()
 
 
-def _names(root: Any, names: list[str]) -> dict[str, str]:
+def _gguf_names(root: Any, names: list[str]) -> dict[str, str]:
     """Return llama.cpp's names of a model's layers, from the table of the package gguf."""
     try:
         import gguf

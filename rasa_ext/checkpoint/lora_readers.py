@@ -45,10 +45,10 @@ def serving_help(
     """
     of_gguf, named = base.endswith(".gguf"), f"{lora.name or 'rasa'}={lora}"
     if format == "gguf":
-        return _with_llama_cpp(base, lora, float32=float32)
+        return _llama_cpp(base, lora, float32=float32)
     if format == "mlx":
         model = BASE_FOLDER if of_gguf else base
-        return _with(
+        return _lines(
             "mlx-lm, which reads rope_theta; if the base's config.json has only rope_parameters, "
             "add rope_theta there",
             ["mlx_lm.server", "--model", model, "--adapter-path", str(lora)],
@@ -62,7 +62,7 @@ def serving_help(
     if expert_layout == "shared-outer":
         words = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
         words += ["--max-lora-rank", str(rank), "--experts-shared-outer-loras", "--lora-paths"]
-        return _with("SGLang", [*words, named])
+        return _lines("SGLang", [*words, named])
     if of_gguf:
         return "vLLM reads no .gguf; for llama.cpp, export with --format gguf."
     limit = next((r for r in VLLM_RANKS if r >= rank), None)
@@ -75,25 +75,25 @@ def serving_help(
     words = ["vllm", "serve", base, *(["--dtype", "float32"] if float32 else [])]
     # One slot more than adapters: on a CPU, vLLM uses the last slot for rows without an adapter.
     words += ["--enable-lora", "--max-lora-rank", str(limit), "--max-loras", "2"]
-    return _with("vLLM", [*words, "--lora-modules", named])
+    return _lines("vLLM", [*words, "--lora-modules", named])
 
 
-def _with(server: str, *commands: list[str]) -> str:
+def _lines(server: str, *commands: list[str]) -> str:
     return "\n  ".join([f"Serve it with {server}:", *map(shlex.join, commands)])
 
 
-def _with_llama_cpp(base: str, lora: Path, *, float32: bool) -> str:
+def _llama_cpp(base: str, lora: Path, *, float32: bool) -> str:
     of_gguf = base.endswith(".gguf")
     gguf = base if of_gguf else str(lora / "base.gguf")
     # The cache in memory ignores adapters, so it mixes up requests with and without one.
     serve = ["llama-server", "-m", gguf, "--lora", str(lora / GGUF), "--cache-ram", "0"]
     if of_gguf:
-        return _with("llama.cpp", serve)
+        return _lines("llama.cpp", serve)
     remote = [] if base == BASE_FOLDER or Path(base).is_dir() else ["--remote"]
     # By default, the converter chooses float16.
     dtype = ["--outtype", "f32"] if float32 else []
     convert = ["python", "convert_hf_to_gguf.py", *remote, base, "--outfile", gguf, *dtype]
-    return _with("llama.cpp, whose source has the script that converts the base", convert, serve)
+    return _lines("llama.cpp, whose source has the script that converts the base", convert, serve)
 
 
 def warn_of_readers(
@@ -121,7 +121,7 @@ def _dropped(export: Export) -> Iterator[str]:
         names = f"{', '.join(norms[:3])}{', ...' if len(norms) > 3 else ''}"
         yield f"llama.cpp reads the trained norms of modules_to_save ({names}) but leaves them out"
     for part, other in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
-        if alone := _alone(part, other, export):
+        if alone := _without_sibling(part, other, export):
             yield (
                 f"{part} is adapted without {other} in {alone} layers, and SGLang, which computes "
                 f"them together, leaves {part} out (older versions refuse it)"
@@ -155,7 +155,7 @@ def _limits(
             f"vLLM refuses modules_to_save ({names}), and llama.cpp refuses all of them but norms; "
             f"for these readers, {INSTEAD}."
         )
-    if alone := _alone("q_proj", "v_proj", export):
+    if alone := _without_sibling("q_proj", "v_proj", export):
         yield (
             f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "
             f"and refuses such a LoRA; for SGLang, adapt both, or {INSTEAD}."
@@ -199,7 +199,7 @@ def _limits(
             break
 
 
-def _alone(part: str, other: str, export: Export) -> int:
+def _without_sibling(part: str, other: str, export: Export) -> int:
     """Count the adapted layers named ``part`` whose sibling ``other`` is not adapted."""
     beside = [n[: -len(part)] + other for n in export.linears if n.endswith(f".{part}")]
     modules = {name for name, _ in export.root.named_modules()}

@@ -16,9 +16,9 @@ from rasa_ext.checkpoint.card import CARD, card_for_hub, hub_id
 from rasa_ext.checkpoint.files import CONFIG, WEIGHTS, read_tensors
 
 _BASE_FIELDS = ("base_model_name_or_path", "model")
-"""Fields that name the base in PEFT's and this package's files, and in mlx-lm's."""
+"""Fields that name the base: in PEFT's and this package's files, and in mlx-lm's."""
 
-_KEPT_BACK = re.compile(
+_NOT_PUSHED = re.compile(
     r"(^|/)(\.|checkpoint-|rng_state|"
     r"(finetune\.yaml|summary\.json|training_args\.bin|trainer_state\.json)$|"
     r"(optimizer|scheduler|scaler)\.pt$)"
@@ -111,7 +111,7 @@ def _files(folder: Path) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         name = path.relative_to(folder).as_posix()
-        if _KEPT_BACK.search(name):
+        if _NOT_PUSHED.search(name):
             continue
         if path.is_symlink():
             raise ValueError(

@@ -59,7 +59,7 @@ def generate(
         uses = trained_with_template(name) if template is None else template
         answer = functools.partial(print_answer, loaded, tokenizer, uses, seed, options)
         if prompt is None:
-            _talk(answer, before)
+            _chat(answer, before)
         for text in prompt or ():
             console.print(f"\n{name}", style="bold", markup=False)
             console.print(text, style="dim", markup=False)
@@ -99,7 +99,7 @@ def print_answer(
     return answer["generated_text"]
 
 
-def _talk(answer: Callable[[list[dict[str, str]]], str], turns: list[dict[str, str]]) -> None:
+def _chat(answer: Callable[[list[dict[str, str]]], str], turns: list[dict[str, str]]) -> None:
     """Chat: every input line is a turn, and the model reads all earlier turns."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:

@@ -290,7 +290,7 @@ def trained_with_template(name: str | Path) -> bool:
 
 
 def note_template(adapter: Path) -> None:
-    """Say what no file beside the record says: that an adapter was trained without a template."""
+    """Print that an adapter was trained without a chat template, which only finetune.yaml says."""
     if not trained_with_template(adapter):
         console.print(
             "The adapter was trained without a chat template: send it plain prompts, and pass "

@@ -93,7 +93,7 @@ def _draw(rng: random.Random, split: Split, steps: int) -> Problem:
         if split_of(operations, numbers) == split:
             break
     index = rng.choice(scenes_of(split))
-    question = _tell(rng, SCENES[index], operations, numbers)
+    question = _write_text(rng, SCENES[index], operations, numbers)
     return Problem(question, _counts(operations, numbers)[-1], operations, numbers, index)
 
 
@@ -119,7 +119,7 @@ def _counts(operations: Sequence[str], numbers: Sequence[int]) -> list[int]:
     return counts
 
 
-def _tell(
+def _write_text(
     rng: random.Random,
     scene: dict[str, list[str]],
     operations: tuple[str, ...],

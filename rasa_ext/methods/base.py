@@ -79,7 +79,7 @@ class AdapterConfig:
     installed package announces methods by the entry-point group ``rasa_ext.methods``.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: the message names the field, what was expected and what was given.
     """
 
     method: ClassVar[str]

@@ -28,7 +28,7 @@ class LoraConfig(AdapterConfig):
     ``RasaConfig(k=0)`` differs: it trains a diagonal instead of s.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: the message names the field, what was expected and what was given.
 
     Example:
         >>> from rasa_ext.methods import LoraConfig

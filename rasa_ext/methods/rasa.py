@@ -37,7 +37,7 @@ class RasaConfig(AdapterConfig):
     pool has it too. The config is frozen, and each field's ``metadata["help"]`` has the text below.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: the message names the field, what was expected and what was given.
 
     Example:
         >>> config = rasa_ext.RasaConfig(rank=16, k=None, alpha=32.0)

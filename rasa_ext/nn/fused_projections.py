@@ -1,8 +1,8 @@
 """Projections that read one input, such as q, k and v, computed together.
 
 Patching groups layers by parent and name. The first layer of a group that gets an x computes all
-outputs; the others return the stored outputs if they get this x, unchanged. Layers that get another
-x leave the group for good.
+outputs; the others return the stored outputs if they get this x, unchanged. A layer that gets
+another x is not fused again.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ class FusedProjections:
     def _drop_other_readers(self, last: _SharedInput, dtype: torch.dtype) -> None:
         """Stop fusing layers whose inputs differ.
 
-        They are the leader if no other layer read its x, else the layers that did not. This waits
-        until the parameters were written to: a recomputing checkpoint must save equal tensors.
+        If no other layer read the leader's x, the leader leaves the group; else those that did not
+        read it leave. This happens only after the parameters changed, since a checkpoint must
+        recompute in the same way.
         """
         leader = last.leader()
         part = None if leader is None else leader.projection(dtype)
@@ -171,9 +172,8 @@ def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor
 def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
     """Return whether a projection can be fused with the first one, on x's device.
 
-    Adapters of different dtypes are computed one by one.
-
-    A pool on another device than the layer's private tensors is moved to their device.
+    Adapters of different dtypes are not fused. A pool on another device than the layer's private
+    tensors is moved to their device.
     """
     source, first_source = part.adapter.sources()[0], first.adapter.sources()[0]
     same = part.dropout == first.dropout and source.dtype == first_source.dtype

@@ -128,7 +128,7 @@ class PackSet:
         """Return the tensors and factors of all layers on ``device`` that still exist."""
         layers = {}
         # A checkpoint around one layer must not count what the others' factors save.
-        with saved_tensors_hooks(_same, _same):
+        with saved_tensors_hooks(_unchanged, _unchanged):
             for index, member in self._members.items():
                 owner = member()
                 if owner is None:
@@ -186,9 +186,9 @@ class PackSet:
     def _link(
         self, cache: _PackCache, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]
     ) -> None:
-        """Make the ports of all packs, if every trained factor is itself a trained tensor.
+        """Make the ports of all packs, unless a factor is computed from trained tensors.
 
-        Else every layer packs alone, in a checkpoint's recomputation as in its forward.
+        If one is, every layer packs alone, both in a forward and when a checkpoint recomputes it.
         """
         if all(
             index in layers and _is_direct(*layers[index])
@@ -208,10 +208,10 @@ class PackSet:
 
 
 class Decoding:
-    """Whether a model's forward now is of one token in each row, as the steps of ``generate`` are.
+    """Whether the model's current forward has one token per row, as a step of ``generate`` has.
 
-    The model's own forward tells it, since a layer of experts sees the tokens of all rows as one
-    batch. Under ``torch.compile`` it tells nothing.
+    Hooks on the model set it, since a layer of experts sees the tokens of all rows as one batch.
+    Under ``torch.compile`` it stays False.
     """
 
     now = False
@@ -300,7 +300,7 @@ class _Entry:
         """The pack with ports; None if a factor is computed."""
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -477,10 +477,10 @@ def _unpack(
 
 
 def _wait(pack: tuple[Tensor, Tensor], maker: Any, packed: Any) -> None:
-    """Make this stream wait for the packing kernel, and reuse of the memory wait for this stream.
+    """Make this stream wait until the pack is written, and keep the memory until it has read.
 
-    Otherwise a stream other than the maker's could read the pack before it is written, and the
-    memory could be reused as soon as the maker drops the pack.
+    Otherwise a stream other than the maker's could read the pack too early, and the memory could be
+    reused as soon as the maker drops the pack.
     """
     stream = torch.cuda.current_stream(pack[0].device)
     if stream != maker:

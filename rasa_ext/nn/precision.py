@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.sharded import is_dtensor
 
-# Set if this is a copy, and FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the
-# parameter in another dtype.
+# Attributes of a temporary copy: FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds
+# the parameter itself in another dtype.
 _COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")
 
 

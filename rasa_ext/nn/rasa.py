@@ -79,7 +79,7 @@ class RasaPool(TensorOwner):
 class ContainerPool(RasaPool):
     """A pool whose tensors are parameters of a model such as ``nn.Sequential``.
 
-    Such a model calls its children, or lists them, so that a pool cannot be one.
+    A pool cannot be a child of such a model, which calls or lists its children.
     """
 
     _of: tuple[dict[str, Any], dict[str, Any]] = {}, {}

@@ -55,7 +55,7 @@ class SplitLinear(AdaptedLinear):
         pack = adapter.pack(dtype)
         x, added = x.to(dtype), None
         if split.dim == 0:
-            x, added = _shared(x, split), bias
+            x, added = _shared_input(x, split), bias
         dropped = dropout(x, self._dropout_of(adapter))
         y = low_rank_linear(x, weight, added, _part_of(pack, split), dropped)
         if split.dim == 0:
@@ -79,7 +79,7 @@ def _part_of(pack: Packed, split: Split) -> Packed:
     return Packed(Ap, Bp, *ports)
 
 
-def _shared(x: Tensor, split: Split) -> Tensor:
+def _shared_input(x: Tensor, split: Split) -> Tensor:
     """Return x (..., in), equal on all processes; a backward sums the gradients over processes."""
     needed = torch.is_grad_enabled() and x.requires_grad
     return _Shared.apply(x, split.group) if needed else x

@@ -146,7 +146,7 @@ class TrainedTokens(AdaptedModule):
             self.backup = None
 
     def adapters(self) -> Iterator[Adapter]:
-        """Return no adapter: trained rows are not low-rank."""
+        """Yield nothing: trained rows are no low-rank adapter."""
         yield from ()
 
     def restore(self) -> None:

@@ -37,7 +37,7 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> 
     """Yield a warning if most linear layers share no pool: RaSA is then close to a LoRA."""
     groups = [group for group in groups if not group.experts]
     total = sum(len(group.names) for group in groups)
-    alone = _alone(groups)
+    alone = _unshared(groups)
     if not config.k or 2 * alone <= total:
         return
     if total == 1:
@@ -49,7 +49,7 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> 
     chosen = tuple((end, (end,)) for end in ends)
     better = groups_of(shapes, groups=chosen)
     way_out = f"pass {prefix}k=0 if this is intended"
-    if _alone(better) < alone:
+    if _unshared(better) < alone:
         shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)
         shown = ", ".join(repr(end) for end in list(shared)[:4])
         way_out = (
@@ -61,7 +61,7 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> 
     yield f"{prefix}groups: {what}, so {close}; {way_out}."
 
 
-def _alone(groups: Sequence[Group]) -> int:
+def _unshared(groups: Sequence[Group]) -> int:
     return sum(len(group.names) == 1 for group in groups)
 
 

@@ -131,13 +131,13 @@ def _output_error(base: LinearLayer, fmt: Format, dense: nn.Linear, delta: Tenso
     own = fmt.original_dtype(base) or dtype  # torchao's layers accept no other
     generator = torch.Generator().manual_seed(0)  # leaves torch's global generator alone
     x = torch.randn(PROBES, dense.in_features, generator=generator).to(device, own).to(dtype)
-    before = _without_trace(base)(x.to(own)).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
+    before = _copy_to_run(base)(x.to(own)).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
     scale = before.norm().item()
     return (dense(x).to(delta.dtype) - before).norm().item() / scale if scale else 0.0
 
 
-def _without_trace(base: LinearLayer) -> LinearLayer:
-    """Copy the layer object: Linear4bit stores the dtype of its first input, and casts its bias."""
+def _copy_to_run(base: LinearLayer) -> LinearLayer:
+    """Copy a layer to run it: Linear4bit stores the dtype of the first input and casts the bias."""
     probe = copy.copy(base)
     probe._parameters = dict(base._parameters)
     if base.bias is not None:

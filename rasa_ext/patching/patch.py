@@ -78,7 +78,7 @@ def patch_model(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message says what was expected and what
-            came. The model is then unchanged.
+            was given. The model is then unchanged.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1, alpha=32.0)

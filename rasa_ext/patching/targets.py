@@ -162,8 +162,8 @@ def resolve_config(
 ) -> AdapterConfig:
     """Drop names from the lists of ``config`` that match no module of ``model``.
 
-    ``modules_to_save`` and ``trainable_token_indices`` get whole names. This is for configs from
-    files: PEFT accepts lists that name layers of several kinds of models. ``found`` is a survey of
+    For configs from files: PEFT accepts lists that name layers of several kinds of models.
+    ``modules_to_save`` and ``trainable_token_indices`` get whole names. ``found`` is a survey of
     the model, if one was made.
     """
     found = found or survey(model)
