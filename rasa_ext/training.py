@@ -155,9 +155,8 @@ def _check_unwrapped(model: nn.Module) -> None:
         map(is_sharded, model.parameters())
     ):
         raise ValueError(
-            "model: expected the model inside DistributedDataParallel and not sharded, since "
-            "engines do not average the gradients of new parameters; pass model.module on every "
-            "process, then wrap it again."
+            "model: expected the model inside DistributedDataParallel, not sharded, since engines "
+            "do not train new parameters; pass model.module on every process, then wrap it again."
         )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(

@@ -246,9 +246,8 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
         if isinstance(fmt, BnbLinear4bit) and getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 f"model: {name!r} ({fmt.name}) has rearranged the weight for evaluation, as "
-                "bitsandbytes does in the first forward without gradients on some CPUs, and no "
-                "longer passes gradients to its input; load the model again and patch it before "
-                "evaluating."
+                "bitsandbytes does on some CPUs, and no longer passes gradients to its input; load "
+                "the model again and patch it before evaluating."
             )
         if (
             isinstance(fmt, Layout)
@@ -270,8 +269,7 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
         if _blocks_experts(module):
             raise ValueError(
                 f"model: {name!r} is a {kind}, quantized experts that pass no gradient to their "
-                "input, so layers below would not be trained; load the model dequantized, for "
-                "example with Mxfp4Config(dequantize=True)."
+                "input; load the model dequantized, such as with Mxfp4Config(dequantize=True)."
             )
         if isinstance(module, nn.Linear) and (fmt is None or isinstance(fmt, QuantizedTensor)):
             key: Any = module
@@ -283,8 +281,7 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
             if tried[key]:
                 raise ValueError(
                     f"model: {name!r} ({kind if fmt is None else fmt.name}) passes no gradient to "
-                    "its input, so layers below would not be trained; load the model in another "
-                    "layout, or dequantized."
+                    "its input; load the model in another layout, or dequantized."
                 )
 
 

@@ -140,6 +140,5 @@ def check_base_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:
         if id(base) in sharded or is_dtensor(weight) or weight.dim() < 2 or is_emptied(weight):
             raise ValueError(
                 f"model: expected whole base weights to merge into, but the weight of {name!r} "
-                "is sharded; save the adapter, load it into a model that is not sharded, and merge "
-                "there."
+                "is sharded; save the adapter, and load and merge it in a whole model."
             )

@@ -232,9 +232,8 @@ def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Mod
     """Load the adapter from the files of a whole model that was saved while patched."""
     if not is_patched(model):
         raise ValueError(
-            f"{where}: expected an adapter's directory, got the directory of a whole model; if it "
-            "was saved after patching, patch the base as for training, with "
-            "rasa_ext.patch_model(model, ...), then load the adapter into it."
+            f"{where}: expected an adapter's directory, got a whole model's; if it was saved after "
+            "patching, first patch the base as for training: rasa_ext.patch_model(model, ...)."
         )
     there = names_in_state(unwrap(model), adapter_tensors(model))
     # Once a group's first layer had the pool.
@@ -337,8 +336,7 @@ def own_names(
         if ours.setdefault(name, key) != key and name in tensors:
             raise ValueError(
                 f"{where}: expected a pool for each group of layers, but {name} would be the pool "
-                "of several groups, since the model has layers of several shapes or paths under "
-                "this name."
+                "of several groups: the model has layers of several shapes or paths of this name."
             )
     return {ours.get(key, key): tensor for key, tensor in tensors.items()}
 
@@ -415,8 +413,7 @@ def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
         if name not in first or layer.pool is not layers[first[name]].pool:
             raise ValueError(
                 f"model: expected the adapted layers that patch_model made, but {name!r} is a copy "
-                "or was added later, and an adapter file cannot hold its tensors; copy or add "
-                "blocks before patching, or write a LoRA with rasa_ext.export_lora."
+                "or was added later; copy or add blocks before patching, or use export_lora."
             )
 
 
@@ -499,9 +496,8 @@ def _check_ties(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], wher
     for one, other in _tied(root, plan):
         if not torch.equal(tensors[one], tensors[other].to(tensors[one].dtype)):
             raise ValueError(
-                f"{where}: expected equal tensors for {one} and {other}, one weight that the model "
-                "ties, got different ones; untie them in the base, as the adapter's was. Nothing "
-                "was changed."
+                f"{where}: expected equal tensors for {one} and {other}, which are tied in the "
+                "model, got different ones; untie them in the base. Nothing was changed."
             )
 
 

@@ -248,8 +248,7 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_meta:
             raise ValueError(
                 f"model: expected weights in memory, but {name} is on the meta device, as when "
-                "the base is offloaded; load the base without offloading to disk or CPU, such as "
-                "with device_map=None, or on a machine with more memory."
+                "the base is offloaded; load the base without offloading, with device_map=None."
             )
 
 
@@ -293,8 +292,7 @@ def check_finite(
         raise ValueError(
             f"{where}: expected finite numbers, but {len(bad)} of {len(tensors)} tensors hold NaN "
             f"or infinity: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}; the training "
-            "that wrote them had diverged, so take an earlier checkpoint, or train again at a "
-            f"lower learning rate. {state}."
+            f"diverged, so take an earlier checkpoint or a lower learning rate. {state}."
         )
 
 

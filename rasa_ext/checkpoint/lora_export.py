@@ -192,8 +192,8 @@ def _export_of(model: nn.Module, device: str | None = None) -> Export:
     if by_hand := list(trained_by_hand(root)):
         raise ValueError(
             f"model: expected no trained parameters beside the adapter, but {by_hand[0]} (one of "
-            f"{len(by_hand)}) was unfrozen by hand, and readers of a LoRA would drop it; name its "
-            f"module in modules_to_save when patching, or {INSTEAD}."
+            f"{len(by_hand)}) was unfrozen by hand; name its module in modules_to_save when "
+            f"patching, or {INSTEAD}."
         )
 
     def adapted(base: Any, layers: Mapping[str, AdapterOwner]) -> Adapted:

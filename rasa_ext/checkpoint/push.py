@@ -145,8 +145,7 @@ def _rename_base(
     if before and known is None:
         raise ValueError(
             "base_model: expected the id of the base on the Hub, since adapter_config.json names a "
-            f"path of this machine, {before!r}; pass base_model='owner/name' (--model), which "
-            "replaces the path in the pushed files."
+            f"path of this machine, {before!r}; pass base_model='owner/name' (--model)."
         )
     if field is None or known == before:
         return None, None

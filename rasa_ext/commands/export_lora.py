@@ -55,10 +55,9 @@ def export_lora(
         adapted = bool(adapted_experts(base))
         if adapted and size > LARGE and not yes:
             raise ValueError(
-                f"yes: the LoRA would take {_bytes(size)}, because it repeats the pool's ranks for "
-                "each expert, so nothing was written; pass --yes to write it, use `rasa-ext merge` "
-                "instead or, if the experts are pool-only (experts='shared' with k = rank), pass "
-                "--expert-layout shared-outer for SGLang."
+                f"yes: the LoRA would take {_bytes(size)}, as every expert repeats the pool's "
+                "ranks; nothing was written; pass --yes to write it, use `rasa-ext merge` or, for "
+                "pool-only experts (experts='shared', k = rank), --expert-layout shared-outer."
             )
         written = rasa_ext.export_lora(
             base,

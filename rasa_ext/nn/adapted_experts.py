@@ -39,9 +39,8 @@ class AdaptedExperts(AdaptedModule):
         super().__init__()
         if hasattr(base_layer, "_hf_hook") and any(p.is_meta for p in base_layer.parameters()):
             raise ValueError(
-                "experts: expected expert weights on a device, but accelerate has offloaded them "
-                "and loads them only for the experts' original forward; keep them on a device, or "
-                "pass experts=None."
+                "experts: expected expert weights on a device, but accelerate has offloaded them; "
+                "keep them on a device, or pass experts=None."
             )
         self.base_layer = base_layer
         self.disabled = False

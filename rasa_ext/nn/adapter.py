@@ -105,9 +105,8 @@ class Adapter(NamedTuple):
             return factors
         if A_pool.is_meta and not A.is_meta:
             raise RuntimeError(
-                "expected the pool of a group of layers on a device, but it is offloaded; offload "
-                "the base (accelerate.cpu_offload, disk_offload, dispatch_model) before "
-                "rasa_ext.patch_model or load_adapter; adapters then stay on the layers' devices."
+                "expected the pool of a group of layers on a device, but it is offloaded; call "
+                "accelerate.cpu_offload, disk_offload or dispatch_model before patching."
             )
         if A_pool.device != A.device or A_pool.dtype != A.dtype:
             return Factors(A, A_pool.to(A), B, B_pool.to(A), d)

@@ -431,9 +431,8 @@ class _Gate(Function):
         live = [i for i in range(layers) if downs[i] is not None or ups[i] is not None]
         if any(_versions(factors[i]) != ctx.versions[i] for i in live):
             raise RuntimeError(
-                "expected an adapter that is unchanged from a forward to the backward, but it has "
-                "been modified by an inplace operation, such as a step of an optimizer; run the "
-                "forward again."
+                "expected an adapter that is unchanged since the forward, but it has been modified "
+                "by an inplace operation, such as an optimizer's step; run the forward again."
             )
         results: list[Tensor | None] = [None] * (2 + 3 * layers)
         if live:

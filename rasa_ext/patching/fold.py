@@ -103,8 +103,7 @@ def _check_not_packed(parts: Iterable[Part]) -> None:
         if part.expert is not None and part.weight.itemsize == 1:
             raise ValueError(
                 f"model: the weight of {part.name!r} is packed as {part.weight.dtype}, and merging "
-                "into packed weights is not supported; save the adapter and load it into the "
-                "dequantized model, or export it."
+                "into it is not supported; load the adapter into a dequantized model, or export."
             )
 
 

@@ -313,8 +313,8 @@ def _check_not_capturing() -> None:
     """Raise during a capture: recorded work has not run yet, but the state would say it has."""
     if _is_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured: merging reads results back, but captured work runs "
-            "only in a replay; merge and unmerge before or after the capture."
+            "a CUDA graph is being captured, and a merge must read results back; merge and unmerge "
+            "before or after the capture."
         )
 
 
@@ -323,8 +323,7 @@ def _check_in_memory(parts: Iterable[Part]) -> None:
     if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
         raise ValueError(
             f"model: expected base weights to merge into, but the weight of {offloaded!r} is "
-            "offloaded or on the meta device; load the base without offloading, or export instead "
-            "of merging."
+            "offloaded or on the meta device; load the base without offloading, or export."
         )
     for part in parts:
         if part.expert is None:

@@ -128,9 +128,8 @@ def check_merge_is_current(root: nn.Module) -> None:
     merged = {name: (now[name], then) for name, then in state.merged_of.items() if name in now}
     if changed := [name for name, (a, b) in merged.items() if a.item() != b.item()]:
         raise RuntimeError(
-            f"model: the adapter changed while it is merged ({changed[0]}, one of {len(changed)}), "
-            "so the model computes with the old one; call rasa_ext.unmerge(model), then merge or "
-            "save again."
+            f"model: the adapter changed while it is merged ({changed[0]}, one of {len(changed)}); "
+            "call rasa_ext.unmerge(model), then merge or save again."
         )
 
 

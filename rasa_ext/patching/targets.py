@@ -230,8 +230,7 @@ def _matched(survey: Survey, names: Collection[str], targets: Names) -> list[str
             if matches(name, (item,)):
                 raise ValueError(
                     f"target_modules: expected names of linear layers, but {name!r} is a "
-                    f"{type(module).__name__}; name the linear layers in it, or name it "
-                    "in modules_to_save to train it in full."
+                    f"{type(module).__name__}; name layers in it, or name it in modules_to_save."
                 )
         known = sorted({name.rpartition(".")[2] for name in names})
         raise ValueError(

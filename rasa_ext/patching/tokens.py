@@ -62,8 +62,7 @@ def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
             if before[1] != ids:
                 raise ValueError(
                     f"{ARGUMENT}: expected the same tokens for {before[0]!r} and {name!r}, which "
-                    "are one module or share one weight; name one of them, or give both the same "
-                    "list."
+                    "share one weight; name one of them, or give both the same list."
                 )
     rows = []
     for table, (_, ids) in chosen.items():
@@ -80,13 +79,13 @@ def _named(
 ) -> list[str]:
     """Return the names of the tables that an entry of the config matches."""
     embeddings = {name: table for name, table in tables.items() if isinstance(table, nn.Embedding)}
+    known = ", ".join(map(repr, embeddings)) or "none"
     if suffix != INPUT:
         names = [name for name in tables if f".{name}".endswith(f".{suffix}")]
         if not names:
             raise ValueError(
                 f"{ARGUMENT}: expected name suffixes of embeddings or linear heads, but no name "
-                f"ends in {suffix!r}; the model's embeddings are "
-                f"{', '.join(map(repr, embeddings)) or 'none'}."
+                f"ends in {suffix!r}; the model's embeddings are {known}."
             )
         return names
     given = call_or_none(model, "get_input_embeddings")
@@ -96,9 +95,8 @@ def _named(
         names = list(embeddings)
     if not names:
         raise ValueError(
-            f"{ARGUMENT}: expected a mapping from embedding names to lists, because the model does "
-            "not define its input embedding, got a list; the model's embeddings are "
-            f"{', '.join(map(repr, embeddings)) or 'none'}."
+            f"{ARGUMENT}: expected a mapping from embedding names to lists, got a list, and the "
+            f"model has no get_input_embeddings; its embeddings are {known}."
         )
     return names[:1]
 
@@ -145,8 +143,7 @@ def check_not_adapted(rows: Sequence[TokenRows], adapted: Sequence[str]) -> None
         if both := [name for name in table_rows.names if name in adapted]:
             raise ValueError(
                 f"{ARGUMENT}: rows of {table_rows.names[0]!r} are trained, but target_modules also "
-                f"adapts {both[0]!r}, which has the same weight; name it in one of the two, or in "
-                "exclude_modules."
+                f"adapts {both[0]!r}, of the same weight; name it in one of the two, or exclude it."
             )
 
 
