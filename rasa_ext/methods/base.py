@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.ops import Factors
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from transformers import TrainerCallback
 
 ALL_LINEAR = "all-linear"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.sharded import is_whole, what_is_here
 from rasa_ext.nn.precision import restored
 from rasa_ext.ops import Factors
-
-if TYPE_CHECKING:
-    from typing import Self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,6 @@ from torch import Tensor, nn
 
 from rasa_ext.nn.adapter import AdaptedModule, Adapter, check_whole
 from rasa_ext.nn.precision import restored
-
-if TYPE_CHECKING:
-    from typing import Self
-
 
 _ASKED = {"bias", "num_embeddings", "embedding_dim", "padding_idx", "in_features", "out_features"}
 
