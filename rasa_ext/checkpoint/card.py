@@ -18,6 +18,7 @@ from rasa_ext._version import __version__
 from rasa_ext.checkpoint.lora_readers import BASE_FOLDER, serving_help
 from rasa_ext.checkpoint.lora_view import Export
 from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.patching.grouping import shape_text
 from rasa_ext.patching.targets import Plan
 
 CARD = "README.md"
@@ -294,7 +295,7 @@ def _layers(config: AdapterConfig, plan: Plan) -> str:
     for group in plan.groups[:_ROWS]:
         ranks_of_layers = {adapter.factors().rank for adapter in group.planned(config).values()}
         ranks = " to ".join(map(str, sorted({min(ranks_of_layers), max(ranks_of_layers)})))
-        shape = " x ".join(map(str, (*([group.experts] if group.experts else []), *group.shape)))
+        shape = shape_text(group.shape, group.experts)
         lines.append(f"| `{group.pattern}` | {len(group.names)} | {shape} | {ranks} |")
     if (more := len(plan.groups) - _ROWS) > 0:
         lines.append(f"| {more} more groups | | | |")

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rasa_ext.commands.output import command, console, pairs_of, table_of, working
@@ -132,6 +133,7 @@ def _factors(
 def _show_adapter(directory: Path, model: str | None) -> None:
     from rasa_ext.checkpoint.files import WEIGHTS, not_finite, read_config, read_tensors
     from rasa_ext.methods import every_method
+    from rasa_ext.patching.grouping import shape_text
 
     config, tensors = read_config(directory), read_tensors(directory / WEIGHTS)
     groups, other = read_groups(config, tensors, directory, model)
@@ -150,7 +152,7 @@ def _show_adapter(directory: Path, model: str | None) -> None:
         table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")
         for group in groups:
             ranks = map(_span, (*zip(*group.ranks, strict=True), tuple(map(sum, group.ranks))))
-            numbers = (len(group.ranks), _shape(group.shape, group.experts), *ranks)
+            numbers = (len(group.ranks), shape_text(group.shape, group.experts), *ranks)
             table.add_row(group.pattern, *map(str, numbers), f"{group.parameters:,}")
         console.print(table)
     if other:
@@ -181,6 +183,7 @@ def _span(ranks: tuple[int, ...]) -> str:
 
 def _show_spectrum(directory: Path, model: str | None) -> None:
     from rasa_ext.analysis import analyze_adapter
+    from rasa_ext.patching.grouping import shape_text
 
     with working(f"Taking the singular values of {directory}"):
         read = functools.partial(analyze_adapter, directory)
@@ -193,12 +196,12 @@ def _show_spectrum(directory: Path, model: str | None) -> None:
         table.add_row(
             group.pattern,
             str(len(group.weights)),
-            _shape(group.shape, group.experts),
+            shape_text(group.shape, group.experts),
             str(len(layers[0].singular_values)),
-            f"{_mean(ranks):.1f} ({min(ranks):.1f}-{max(ranks):.1f})",
-            f"{_mean([layer.private_share for layer in layers]):.0%}",
-            f"{_mean([layer.slots_used for layer in layers]):.1f} of {group.pool_use.shape[1]}",
-            f"{_mean([layer.norm for layer in layers]):.3g}",
+            f"{fmean(ranks):.1f} ({min(ranks):.1f}-{max(ranks):.1f})",
+            f"{fmean([layer.private_share for layer in layers]):.0%}",
+            f"{fmean([layer.slots_used for layer in layers]):.1f} of {group.pool_use.shape[1]}",
+            f"{fmean([layer.norm for layer in layers]):.3g}",
         )
     console.print(table)
     over = "layers and experts" if any(group.experts for group in groups) else "layers"
@@ -231,12 +234,3 @@ def _show_plan(
     console.print(f"A new adapter for this {type(model).__name__}:")
     console.print(str(report), markup=False)
     console.print(f"Its file would take {4 * report.adapter / 2**20:.1f} MiB.")
-
-
-def _shape(shape: tuple[int, int], experts: int) -> str:
-    """Format (out, in), with the number of experts in front if there are any."""
-    return " x ".join(map(str, (experts, *shape) if experts else shape))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -49,6 +49,11 @@ class Group:
         }
 
 
+def shape_text(shape: Shape, experts: int) -> str:
+    """Format (out, in), with the number of experts in front if there are any."""
+    return " x ".join(map(str, (experts, *shape) if experts else shape))
+
+
 def pattern(name: str) -> str:
     """Replace the first integer in a module path, the layer index, by ``*``.
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rasa_ext.base_layers.layouts import Format, packed_experts
 from rasa_ext.base_layers.quantized import format_of
-from rasa_ext.patching.grouping import pattern
+from rasa_ext.patching.grouping import pattern, shape_text
 from rasa_ext.patching.state import adapter_parameters, owners, patch_state, unwrap
 
 
@@ -56,7 +56,9 @@ class Summary(list[Row]):
 
     def __str__(self) -> str:
         table = [("group", "L", "out x in", "R", "trainable")]
-        table += [(r.pattern, str(r.L), _shape(r), _ranks(r), f"{r.trainable:,}") for r in self]
+        for r in self:
+            shape = shape_text(r.shape, r.experts)
+            table.append((r.pattern, str(r.L), shape, _ranks(r), f"{r.trainable:,}"))
         first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
         lines = []
         for name, *cells in table:
@@ -141,11 +143,6 @@ def _format(model: nn.Module, name: str, layer: Any) -> Format | None:
     base: Any = model.get_submodule(path)
     stack = packed_experts(base.base_layer, key)
     return None if stack is None else stack.layout
-
-
-def _shape(row: Row) -> str:
-    experts = f"{row.experts} x " if row.experts else ""
-    return f"{experts}{row.shape[0]} x {row.shape[1]}"
 
 
 def _ranks(row: Row) -> str:
