@@ -231,7 +231,7 @@ def own_tokenizer(adapter: Path, *, needed: bool = True) -> Any:
 
 
 def _check_links(adapter: Path) -> None:
-    """Raise ModelError if what a tokenizer reads may be another file of this machine.
+    """Raise ModelError if a tokenizer's file is a link to another place on this machine.
 
     Copies of the tokenizer would publish that file. The Hub's cache links to its own blobs.
     """
@@ -363,17 +363,13 @@ def _locate(name: str, *instead: str) -> dict[str, Any]:
     """Return arguments with which `from_pretrained` finds a model and runs none of its code."""
     name = resolve(name)
     path = check_model(name, *instead)
+    # Without this argument transformers asks on stdin whether to run a model's own code.
+    where: dict[str, Any] = {"trust_remote_code": False}
     if path is None:
         go_offline_without_hub()
-        return _named(name)
-    if path.suffix == ".gguf":
-        return {**_named(path.resolve().parent), "gguf_file": path.name}
-    return _named(path)
-
-
-def _named(place: str | Path) -> dict[str, Any]:
-    # Without this argument transformers asks on stdin whether to run a model's own code.
-    return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
+    elif path.suffix == ".gguf":
+        where["gguf_file"], path = path.name, path.resolve().parent
+    return {**where, "pretrained_model_name_or_path": str(path or name)}
 
 
 @functools.cache
