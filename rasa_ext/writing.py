@@ -78,7 +78,7 @@ def writing(path: str | os.PathLike[str], whole: str) -> Iterator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether an error means that the system took no more bytes, whatever the file."""
+    """Return whether an error means that no file can be written, such as on a full disk."""
     return _number(error) in (*_FULL, errno.EFBIG, errno.EROFS)
 
 

@@ -97,7 +97,7 @@ def expert_shape(module: Any, name: str) -> tuple[int, int, int]:
 
 
 def expert_weight(module: Any, name: str) -> Tensor:
-    """View a stacked weight as (experts, out, in); one of Triton's as bytes without values."""
+    """View a stacked weight as (experts, out, in); for Triton's, a placeholder."""
     weight: Tensor = getattr(module, name)
     if not isinstance(weight, Tensor):
         nothing = torch.empty((), dtype=torch.uint8, device=weight.device)

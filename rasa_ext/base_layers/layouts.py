@@ -271,7 +271,7 @@ def packed_experts(module: nn.Module, name: str) -> PackedStack | None:
 
 
 def _plain(stored: Any) -> Tensor:
-    """Return numbers by experts and rows, out of the order that Triton's kernels want."""
+    """Return numbers in order of experts and rows, whatever order Triton's kernels need."""
     if isinstance(stored, Tensor):
         return stored.detach()
     plain: Tensor = stored.storage.layout.unswizzle_data(stored.storage.data)
@@ -311,7 +311,7 @@ def exponents(scale: Tensor) -> Tensor:
 
 
 def _scaled(base: Any, codes: Tensor, start: int, stop: int) -> Tile:
-    """Return codes with the scales, and the zero points of one byte if any, of the same rows."""
+    """Return codes with the scales of their rows, and with the zero points if these are bytes."""
     own, (out, width) = base._parameters, linear_shape(base)
     weights: Any = getattr(getattr(base, "quantization_scheme", None), "weights", None)
     block = getattr(base, "block_size", None) or getattr(weights, "block_structure", None)

@@ -164,7 +164,7 @@ def stored_bytes(base: LinearLayer) -> int:
 
 
 def _inner_bytes(tensor: Any) -> int:
-    """Return the bytes of the plain tensors in a tensor of a class of its own."""
+    """Return the bytes of the plain tensors inside a tensor of a subclass."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return int(tensor.nbytes)
     return sum(_inner_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

@@ -37,7 +37,7 @@ def is_emptied(parameter: Tensor) -> bool:
 
 
 def gather(tensors: Iterable[Tensor]) -> None:
-    """Gather what ZeRO-3 has removed, for the module that runs now, also in later passes."""
+    """Gather tensors that ZeRO-3 has removed, now and whenever the running module runs again."""
     emptied: list[Any] = [parameter for parameter in tensors if is_emptied(parameter)]
     if emptied:
         parameter_offload: Any = import_module("deepspeed.runtime.zero.parameter_offload")

@@ -314,7 +314,7 @@ def load_tensors_into(
 
 
 def _by_hand(root: nn.Module, keys: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model, patched or not, for keys of ones unfrozen by hand."""
+    """Return the model's parameters for keys of parameters that were unfrozen by hand."""
     named = root.named_parameters(remove_duplicate=False)
     frozen = {f"{PREFIX}{n}".replace(".base_layer.", "."): p for n, p in named}
     plain = {key: key.replace(".base_layer.", ".") for key in sorted(keys)}
@@ -477,7 +477,7 @@ def _check_indices(
 
 
 def _tied(root: nn.Module, plan: Plan) -> list[tuple[str, str]]:
-    """Return the keys of tied weights of saved modules: the first one, and another."""
+    """Return pairs of keys of tied weights in saved modules: the first key, and another."""
     saved = saved_tensors(root, plan)
     first: dict[nn.Parameter, str] = {}
     named = root.named_parameters(remove_duplicate=False)
@@ -486,7 +486,7 @@ def _tied(root: nn.Module, plan: Plan) -> list[tuple[str, str]]:
 
 
 def _with_ties(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the second name of weights that older files hold under one of two."""
+    """Give tied weights both names, of which older files hold one."""
     pairs = [pair for keys in _tied(root, plan) for pair in (keys, keys[::-1])]
     return {**{new: tensors[key] for key, new in pairs if key in tensors}, **tensors}
 

@@ -103,7 +103,7 @@ PLAIN = Card()
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base model as a card may name it, without paths of the machine that wrote the card."""
+    """A base model as a card may name it: without paths of this machine."""
 
     id: str | None
     """Id on the Hub."""
@@ -279,7 +279,7 @@ def head_fields(
 def _load(
     model: nn.Module, base: Base, task: str | None, imports: str, call: str, result: str = ""
 ) -> str:
-    """Return the lines of code that load a directory's adapter, run in that directory."""
+    """Return code that loads a directory's adapter, to be run in that directory."""
     kind = "AutoModelForCausalLM" if task == "CAUSAL_LM" else type(model).__name__
     if not base.name or not type(model).__module__.startswith("transformers."):
         code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as before training'

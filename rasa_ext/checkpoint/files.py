@@ -107,7 +107,7 @@ def located(directory: str | os.PathLike[str]) -> Path:
 
 
 def file_in(directory: str | os.PathLike[str], name: str) -> Path:
-    """Return the path of an adapter's file; of the old file if a save was killed halfway."""
+    """Return the path of an adapter's file, or of the old file if a save was killed halfway."""
     directory = Path(directory)
     if not (directory / CONFIG).exists():
         for old in directory.glob(f".{INSIDE}.*.part/{OLD}"):
@@ -232,7 +232,7 @@ def read_either(directory: Path) -> dict[str, Tensor]:
 
 
 def _check_zip(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise ValueError for a file that takes more memory than disk, which torch never writes."""
+    """Raise ValueError for a file that is larger in memory than on disk; torch writes none."""
     entries = archive.infolist()
     if packed := next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None):
         raise ValueError(f"its entry {packed.filename} is compressed")

@@ -102,7 +102,7 @@ def _peft_pair(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[s
 def _per_expert(
     path: str, base: Any, name: str, Ap: Tensor, Bp: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield a pair per matrix of each expert; gate and up have equal A."""
+    """Yield a pair for every matrix of every expert; gate and up have equal A."""
     path, parts = path_in_checkpoint(path, base), parts_of(base, name)
     for expert, (A, B) in enumerate(zip(Ap, Bp, strict=True)):
         for part, rows in parts.items():
@@ -112,7 +112,7 @@ def _per_expert(
 
 
 def _shared_outer(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield SGLang's layout: factors that all experts share are stored once; d goes to the others.
+    """Yield SGLang's layout: factors that all experts share, once, and the others times d.
 
     Where gate and up rows alternate, they are written apart, under unambiguous names.
     """

@@ -53,7 +53,7 @@ def check_format(format: str, export: Export) -> None:
 
 
 def _check_plain(format: str, export: Export) -> None:
-    """Raise ValueError if a format of low-rank pairs alone would not give the adapted model."""
+    """Raise ValueError if a format that holds only low-rank pairs cannot hold the adapter."""
     kind = getattr(getattr(export.root, "config", None), "model_type", None)
     tied = export.tied_to_embedding()
     rows = [key.removesuffix(ROWS) for key in export.saved if key.endswith(ROWS)]

@@ -116,7 +116,7 @@ def warn_of_readers(
 
 
 def _dropped(export: Export) -> Iterator[str]:
-    """Yield what a reader drops without an error, so that it serves another function."""
+    """Yield what a reader drops without an error, so that it computes something else."""
     if norms := [key for key in export.saved if "_layernorm" in key or ".norm" in f".{key}"]:
         names = f"{', '.join(norms[:3])}{', ...' if len(norms) > 3 else ''}"
         yield f"llama.cpp reads the trained norms of modules_to_save ({names}) but leaves them out"

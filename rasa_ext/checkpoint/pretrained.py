@@ -183,7 +183,7 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _nothing_missing(model: nn.Module, keys: Any) -> None:
-    """Accept a state of exactly the trained tensors, which leaves the base unchanged: a hook."""
+    """Accept a state dict of only the trained tensors, which leaves the base unchanged: a hook."""
     missing, state = set(keys.missing_keys), model.state_dict(keep_vars=True)
     given = {id(tensor) for name, tensor in state.items() if name not in missing}
     if missing and given == {id(state[name]) for name in trained_state(model)}:

@@ -100,7 +100,7 @@ def print_answer(
 
 
 def _chat(answer: Callable[[list[dict[str, str]]], str], turns: list[dict[str, str]]) -> None:
-    """Chat: every input line is a turn, and the model reads all earlier turns."""
+    """Chat with a model that reads all earlier turns; every input line is a turn."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         console.print("Each line is a turn; /quit or Ctrl-D ends the chat.", style="dim")

@@ -102,7 +102,7 @@ def read_groups(
 def _factors(
     config: dict[str, Any], tensors: dict[str, Tensor], directory: Path, model: str | None
 ) -> list[tuple[Group, dict[str, Factors]]]:
-    """Return the groups that can be told from the files, or else from the base."""
+    """Return the groups, from the files if these have all shapes, else from the base."""
     from rasa_ext.analysis import factors_by_group
     from rasa_ext.checkpoint.files import PREFIX
     from rasa_ext.ops import Factors

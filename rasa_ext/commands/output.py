@@ -167,7 +167,7 @@ def sentence(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def _prepare() -> None:
-    """Silence other libraries and processes, and give files and pipes a width that cuts no name."""
+    """Silence other libraries and processes; make files and pipes so wide that no name is cut."""
     # transformers reads these variables when it is imported, which happens later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -182,7 +182,7 @@ def _prepare() -> None:
 
 
 def _one_sentence(error: Exception, output: str) -> str | None:
-    """Return the sentence for a user's error; None for a fault of the program.
+    """Return the sentence for a user's error, or None for a bug.
 
     ``output`` is the command's output folder, for errors that name no file.
     """

@@ -156,7 +156,7 @@ class AdaptedModule(nn.Module):
             adapter.packs.drop()
 
     def check_not_trained(self) -> None:
-        """Raise RuntimeError in a forward for training: what is merged would not be trained."""
+        """Raise RuntimeError in a forward for training, which would not train a merged adapter."""
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the adapter is merged into the base weights, so it would not be trained; "

@@ -62,7 +62,7 @@ class _SharedInput:
         return x._version, x.requires_grad, torch.is_grad_enabled(), dtype
 
     def drop_in_backward(self, y: Tensor) -> None:
-        """Drop the outputs in a backward through y, which frees what they share with y."""
+        """Drop the outputs in a backward through y, to free the memory that they share with y."""
         current = weakref.ref(self)
 
         def drop(grads: tuple[Tensor | None, ...]) -> None:

@@ -116,7 +116,7 @@ class _Scaled(Function):
 
 
 class _PackedLinear(Function):
-    """``_Linear`` over a packed stacked weight; the backward reads it again."""
+    """``_Linear`` over a packed stacked weight, which the backward unpacks again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: PackedStack, offsets: Tensor) -> Tensor:

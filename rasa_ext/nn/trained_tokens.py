@@ -151,7 +151,7 @@ class TrainedTokens(AdaptedModule):
             restored([self._parameters.get("rows")], self.dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast as any module, and refill the index, which ``to_empty`` leaves unset."""
+        """Move and cast like any module, and refill the index, which ``to_empty`` leaves unset."""
         super()._apply(*args, **kwargs)
         self.index = self._index(self.index.device)
         return self

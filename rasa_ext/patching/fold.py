@@ -48,7 +48,7 @@ def check_parts(parts: Sequence[Part], dtype: torch.dtype | None, argument: str)
 
 @torch.no_grad()
 def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = None) -> float:
-    """Add dW to the weights of all parts, or after an error to none.
+    """Add dW to the weights of all parts. After an error, no weight has changed.
 
     The sum is taken in float32 (float64 for float64 weights) and rounded once. If nothing is
     stored, a merge cannot be undone: call ``check_parts`` first.

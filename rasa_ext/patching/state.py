@@ -134,7 +134,7 @@ def check_merge_is_current(root: nn.Module) -> None:
 
 
 def adapter_checksums(root: nn.Module) -> dict[str, Tensor]:
-    """Return the sum of the bits (), of every adapter parameter by name, without a wait."""
+    """Return a checksum () of every adapter parameter by name, without waiting for the device."""
     adapters = parameters_of_adapters(root)
     return {
         name: p.detach().contiguous().view(_BITS[p.itemsize]).sum(dtype=torch.int64)

@@ -56,7 +56,7 @@ def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:
 
 
 class Absent:
-    """Stands for the value of an attribute that an object itself does not have."""
+    """Marks an attribute that was not set on the object itself."""
 
 
 FAST_PATH = "activation_relu_or_gelu"
