@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rasa_ext.ops import Factors
     from rasa_ext.patching.grouping import Group
 
-Found = TypeVar("Found")
+Item = TypeVar("Item")
 
 
 @command
@@ -209,8 +209,8 @@ def _show_spectrum(directory: Path, model: str | None) -> None:
 
 
 def _with_base_if_needed(
-    read: Callable[[Any], list[Found]], directory: Path, model: str | None
-) -> list[Found]:
+    read: Callable[[Any], list[Item]], directory: Path, model: str | None
+) -> list[Item]:
     """Call ``read`` with None, or with the base's modules if the files lack some shapes."""
     from rasa_ext.analysis import ShapesUnknown
 

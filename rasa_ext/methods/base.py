@@ -527,7 +527,7 @@ def checked_groups(value: Any) -> Groups:
     if callable(value):
         return value  # type: ignore[no-any-return]  # the result is checked at each call
     kinds = "a sequence of patterns, a mapping of names to patterns, or a callable"
-    if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise TypeError(f"groups: expected {kinds}, got {value!r} ({type(value).__name__}).")
     items = value.items() if isinstance(value, Mapping) else value
     entries = []

@@ -21,7 +21,7 @@ def checked_tokens(value: Any) -> Tokens:
     """Convert ``trainable_token_indices`` to the form in a config; raise for any other value."""
     if value is None:
         return ()
-    if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise TypeError(
             f"trainable_token_indices: expected {_KINDS}, got {value!r} ({type(value).__name__})."
         )
