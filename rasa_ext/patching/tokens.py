@@ -96,7 +96,7 @@ def _named(
     if not names:
         raise ValueError(
             f"{ARGUMENT}: expected a mapping from embedding names to lists, got a list, and the "
-            f"model has no get_input_embeddings; its embeddings are {known}."
+            f"model does not define its input embedding; its embeddings are {known}."
         )
     return names[:1]
 
