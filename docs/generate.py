@@ -37,7 +37,8 @@ def options(package: str) -> str:
     group = typer.main.get_command(app)
     index, parts = [], []
     for name, command in group.commands.items():
-        if not command.callback.__module__.startswith(f"{package}."):
+        callbacks = [each.callback for each in getattr(command, "commands", {"": command}).values()]
+        if not callbacks[0].__module__.startswith(f"{package}."):
             continue
         text = inspect.cleandoc(command.help)
         index.append(entry(f"[`rasa-ext {name}`](#{name})", text.splitlines()[0]))

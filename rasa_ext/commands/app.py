@@ -19,8 +19,9 @@ from rasa_ext.commands.import_lora import import_lora
 from rasa_ext.commands.import_official import import_official
 from rasa_ext.commands.inspection import inspect
 from rasa_ext.commands.merge import merge
-from rasa_ext.commands.options import OTHER_NAMES
+from rasa_ext.commands.options import OTHER_NAMES, SAME
 from rasa_ext.commands.push import push
+from rasa_ext.commands.trl import app as trl_app
 
 app = typer.Typer(
     name="rasa-ext",
@@ -33,21 +34,28 @@ app = typer.Typer(
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that suggests our name for an option of another program."""
+    """A command that takes TRL's name for an option, or suggests ours."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the arguments; raise BadParameter with our name for an option of TRL or PEFT."""
-        known = {parameter.name for parameter in self.params}
+        known, words = {parameter.name for parameter in self.params}, []
         for word in args:
-            ours = OTHER_NAMES.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
+            name, equals, value = word.partition("=")
+            theirs = name.removeprefix("--").replace("-", "_")
+            ours = OTHER_NAMES.get(theirs, "")
             if word.startswith("--") and ours in known:
-                raise typer.BadParameter(f"{word}: did you mean --{ours.replace('_', '-')}?")
-        return super().parse_args(ctx, args)
+                option = f"--{ours.replace('_', '-')}"
+                if theirs not in SAME:
+                    raise typer.BadParameter(f"{word}: did you mean {option}?")
+                word = f"{option}{equals}{value}"
+            words.append(word)
+        return super().parse_args(ctx, words)
 
 
 _FILES = (merge, export_lora, import_lora, import_official, push, inspect)
 for _command in (finetune, evaluate, generate, *_FILES, env, demo):
     app.command(cls=_Command)(_command)
+app.add_typer(trl_app, name="trl")
 for _announced in entry_points(group="rasa_ext.commands"):  # of installed packages
     app.command(_announced.name)(_announced.load())
 

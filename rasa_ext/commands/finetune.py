@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
-from rasa_ext.commands.options import OTHER_NAMES, RECORD, FinetuneOptions
+from rasa_ext.commands.options import OTHER_NAMES, RECORD, SAME, FinetuneOptions
 from rasa_ext.commands.output import INTERRUPTED, command, console, working
 from rasa_ext.commands.parsing import options_of
 
 
 @command
-@options_of(FinetuneOptions, OTHER_NAMES)
+@options_of(FinetuneOptions, OTHER_NAMES, SAME)
 def finetune(**values: Any) -> None:
     """Fine-tune a language model; only completions, or the assistant's turns, carry a loss."""
     options = FinetuneOptions(**values)  # checks before the slow imports

@@ -57,6 +57,13 @@ OTHER_NAMES = {
     "fp16": "dtype",
 }
 
+SAME = (
+    *("model_name_or_path", "output_dir", "resume_from_checkpoint", "learning_rate"),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "max_length",
+)
+"""Those that mean the same, which are taken for ours; for others, errors suggest ours."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptions:

@@ -32,19 +32,20 @@ Overwrite = Annotated[
 
 
 def options_of(
-    fields: type, others: Mapping[str, str]
+    fields: type, others: Mapping[str, str], same: Collection[str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a decorator that adds a dataclass's fields, and ``config``, as keyword parameters.
 
     The help of each field comes from the section ``Args`` of the dataclass's docstring. It is
     copied into the function's docstring, where `rasa_ext.commands.output.command` reads it.
-    ``others`` maps other programs' names for the fields to ours, for suggestions in errors.
+    ``others`` maps other programs' names for the fields to ours. A config file may have the names
+    in ``same``; errors suggest ours for the others.
     """
     types = typing.get_type_hints(fields)
 
     def use(context: typer.Context, value: Path | None) -> None:
         if value is not None:
-            context.default_map = _read_config_file(value, defaults, others)
+            context.default_map = _read_config_file(value, defaults, others, same)
 
     text = "YAML file with any of these options; the command line overrides it."
     config = typer.Option(is_eager=True, callback=use, help=text)
@@ -71,7 +72,7 @@ def options_of(
 
 
 def _read_config_file(
-    path: Path, known: Collection[str], others: Mapping[str, str]
+    path: Path, known: Collection[str], others: Mapping[str, str], same: Collection[str]
 ) -> dict[str, str]:
     """Read a file's values by option name, as texts that typer parses like the command line's.
 
@@ -91,6 +92,7 @@ def _read_config_file(
     values = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
+        name = others[name] if name in same else name
         if name not in known:
             near = others.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
             hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}."

@@ -194,7 +194,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp
     ("text", "message"),
     [
         ("k: 1\nrnak: 4", r"run.yaml: unknown key 'rnak'; did you mean 'rank'\?"),
-        ("learning_rate: 4", r"unknown key 'learning_rate'; did you mean 'lr'\?"),
+        ("lora_r: 4", r"unknown key 'lora_r'; did you mean 'rank'\?"),
         ("zebra: 4", r"unknown key 'zebra'; known are model, data, output"),
         ("config: other.yaml", r"unknown key 'config'"),
         ("- rank", r"expected a mapping of option names to values, got list"),
@@ -219,9 +219,16 @@ def test_a_missing_config_file(tmp_path):
 
 
 def test_a_name_of_another_program_is_answered_with_ours():
-    words = ["--model", "m", "--data", "d", "--per-device-train-batch-size=4"]
-    text = invoke("finetune", *words, code=2)
-    assert "--per-device-train-batch-size=4: did you mean --batch-size?" in text
+    text = invoke("finetune", "--model", "m", "--data", "d", "--lora-r=4", code=2)
+    assert "--lora-r=4: did you mean --rank?" in text
+
+
+def test_a_name_of_trl_s_stands_for_ours():
+    words = ["--model_name_or_path", "m", "--data", "d", "--per-device-train-batch-size=0"]
+    assert "batch_size: expected at least 1, got 0" in invoke("finetune", *words, code=1)
+    Path("run.yaml").write_text("num_train_epochs: -1\n")
+    text = invoke("finetune", "--model", "m", "--data", "d", "--config", "run.yaml", code=1)
+    assert "epochs: expected a number above 0" in text
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import io
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 import typer
 from transformers import T5Config, T5ForConditionalGeneration, ViTImageProcessorPil
 
+from rasa_ext.commands import trl
 from rasa_ext.commands.app import app
 from tests.helpers import tiny_lm
 from tests.helpers.models import VIT
@@ -192,7 +194,11 @@ def check(words: list[str]) -> None:
     These are subcommands, options, modules, scripts and extras.
     """
     program, *rest = words
-    if program == "rasa-ext":
+    if rest[:1] == ["trl"]:
+        of_accelerate = {"--accelerate_config", "--num_processes", "--config"}
+        given = {word.partition("=")[0] for word in rest if word.startswith("--")}
+        assert given <= options_of_trl(rest[1]) | of_accelerate, words
+    elif program == "rasa-ext":
         assert rest[0] in COMMANDS, words
         known = {each for p in COMMANDS[rest[0]].params for each in (*p.opts, *p.secondary_opts)}
         given = {word.partition("=")[0] for word in rest if word.startswith("-")}
@@ -204,6 +210,17 @@ def check(words: list[str]) -> None:
     elif program == "pip":
         for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(rest)):
             assert set(extra.split(",")) <= extras(), words
+
+
+@functools.cache
+def options_of_trl(script: str) -> set[str]:
+    """Return the options of a script of ``rasa-ext trl``."""
+    library = importlib.import_module("trl")
+    before = library.ModelConfig, library.get_peft_config
+    try:
+        return set(trl.prepared(script, []).make_parser()._option_string_actions)
+    finally:
+        library.ModelConfig, library.get_peft_config = before
 
 
 @functools.cache

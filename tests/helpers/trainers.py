@@ -20,6 +20,22 @@ QUIET = {
 """Arguments for short trainings on a CPU, of which tests read only the log."""
 
 
+def rows(kind: str) -> list[dict]:
+    """Return eight sums as data of one of TRL's trainers."""
+    found = sums(8)
+    for i, row in enumerate(found):
+        if kind in ("DPO", "Reward"):
+            row.update(chosen=row.pop("completion"), rejected=f" {i}")
+        elif kind == "KTO":
+            row.update(label=i % 2 == 0)
+        elif kind in ("GRPO", "RLOO"):
+            del row["completion"]
+        if kind == "Reward":
+            prompt = row.pop("prompt")
+            row.update({key: prompt + row[key] for key in ("chosen", "rejected")})
+    return found
+
+
 def sft_trainer(model, directory, peft_config=None, **options):
     """Return TRL's SFTTrainer for four steps over sums; skip the test where TRL is missing."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")

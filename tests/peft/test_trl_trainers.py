@@ -20,8 +20,8 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapters, patched, plain_model, same_bits, trainable_copies
 from tests.helpers.adapters import randomize as fill
 from tests.helpers.peft import close, dense, logits, parameters, tiny, trained
-from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
-from tests.helpers.trainers import QUIET, sft_trainer
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
+from tests.helpers.trainers import QUIET, rows, sft_trainer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -47,21 +47,6 @@ def load(kind: str, folder: Path, dtype=torch.float32) -> torch.nn.Module:
     with torch.no_grad():
         model.score.weight.normal_()
     return model
-
-
-def rows(kind: str) -> list[dict]:
-    found = sums(8)
-    for i, row in enumerate(found):
-        if kind in ("DPO", "Reward"):
-            row.update(chosen=row.pop("completion"), rejected=f" {i}")
-        elif kind == "KTO":
-            row.update(label=i % 2 == 0)
-        elif kind in ("GRPO", "RLOO"):
-            del row["completion"]
-        if kind == "Reward":
-            prompt = row.pop("prompt")
-            row.update({key: prompt + row[key] for key in ("chosen", "rejected")})
-    return found
 
 
 def trainer(kind: str, model, directory: Path, peft_config=None, optimizer=None, **options):
