@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "rasa_only")
+"""Which of the base's biases PEFT trains and saves."""
 OFFICIAL = "rasa"
 """The method of files without a method name, as the official code writes them."""
 MOST_RANKS, MOST_POOLED = 1 << 16, 1 << 31
@@ -292,10 +294,9 @@ class AdapterConfig:
             raise ValueError(
                 f"adapter_config.json: expected rasa_method {cls.method!r}, got {method!r}."
             )
-        if data.get("bias", "none") != "none":
+        if data.get("bias", "none") not in BIASES:
             raise ValueError(
-                f"adapter_config.json: expected bias 'none', got {data['bias']!r}; trained biases "
-                "are not supported, name their modules in modules_to_save instead."
+                f"adapter_config.json: expected bias {', '.join(BIASES)}, got {data['bias']!r}."
             )
         if data.get("layers_to_transform") is not None:
             raise ValueError(

@@ -16,7 +16,7 @@ from peft import PeftConfig
 
 from rasa_ext import methods
 from rasa_ext._version import __version__
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, groups_to_json, key_of
+from rasa_ext.methods.base import ALL_LINEAR, BIASES, AdapterConfig, groups_to_json, key_of
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import tokens_to_json
 from rasa_ext.peft.callers import users_level
@@ -94,7 +94,11 @@ class RasaConfig(PeftConfig):
     )
     rank_pattern: dict[str, int] | None = _shared("rank_pattern")
     rasa_experts: str | None = _shared("experts", "Under lora, 'own' trains one pair per expert.")
-    bias: str = _option("none", "Only 'none' is supported: adapter files cannot hold biases.")
+    bias: str = _option(
+        "none",
+        "Which biases of the base are trained and saved: none, all, or 'rasa_only', those of the "
+        "adapted layers. They stay in the base when the adapter is disabled or unloaded.",
+    )
     fan_in_fan_out: bool = _option(
         False,
         "Whether weights are (in, out), as in Conv1D. It is determined from the layers, which "
@@ -122,11 +126,10 @@ class RasaConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
                 setattr(self, name, set(value))
-        if self.bias != "none":
-            raise ValueError(
-                f"bias: expected 'none', got {self.bias!r}; trained biases are not supported."
-            )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+        if self.bias not in BIASES:
+            raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {self.bias!r}.")
+        expression = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        if self.layers_to_transform is not None and expression:
             raise ValueError(
                 "layers_to_transform: expected target_modules as a list of name suffixes, got "
                 f"{self.target_modules!r}; a regular expression can select layers itself."

@@ -78,6 +78,12 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
             f"adapter_name: expected one of the model's RaSA adapters "
             f"({', '.join(map(repr, configs)) or 'it has none'}), got {adapter_name!r}."
         )
+    bias = outer.peft_config[adapter_name].bias if isinstance(outer, PeftModel) else "none"
+    if bias != "none":
+        raise ValueError(
+            f"model: expected an adapter without trained biases, got bias={bias!r}; save what "
+            "merge_and_unload() returns."
+        )
     experts = {}
     for path, each in modules.items():
         if isinstance(each, RasaPeftExperts):

@@ -119,6 +119,8 @@ class RasaModel(BaseTuner):
             )
         if not self._watching:
             self._decoding = Decoding()
+        pools = self._modules.get("rasa_pools") or nn.ModuleDict()
+        trained = [(parameter, parameter.requires_grad) for parameter in pools.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -127,13 +129,15 @@ class RasaModel(BaseTuner):
             raise
         finally:
             unwrap_experts(model)
+        for parameter, before in trained:  # as PEFT does for what is in the model
+            parameter.requires_grad_(before)
         self._watching = self._watching or self._decoding.watch(self.model)
         link_layers(model, RasaPeftLinear)
         peft_config = cast(RasaConfig, self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # whole names, so that every reader matches equal modules
             peft_config.modules_to_save = list(trained_in_full(model, adapter_name))
         make_rows_optional(model)
-        self._cast_adapter_dtype(adapter_name)
+        self._cast_adapter_dtype(adapter_name, kwargs.get("autocast_adapter_dtype", True))
         if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):
             self._copy_policy()
 
@@ -303,11 +307,12 @@ class RasaModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast to the config's dtype, whatever the dtype of the base or the file."""
+        """Cast to the config's dtype, or without ``autocast_adapter_dtype`` to the base's."""
         for owner in self.owners():
-            owner.cast_adapter(adapter_name)
-        own = cast(RasaConfig, self.peft_config[adapter_name])
-        cast_rows(self.model, adapter_name, own.core().adapter_dtype)
+            owner.cast_adapter(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            own = cast(RasaConfig, self.peft_config[adapter_name])
+            cast_rows(self.model, adapter_name, own.core().adapter_dtype)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,10 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
             return
         self._unmerge()
         try:
-            check_parts(self.parts(chosen), self.merging.dtype, "safe_merge")
+            # PEFT's words, which callers match.
+            said = f"NaNs detected in the merged weights. The adapter {' and '.join(chosen)} seems"
+            where = f"safe_merge: {said} to be broken"
+            check_parts(self.parts(chosen), self.merging.dtype, where)
         finally:
             self._merge(before)
 
@@ -227,18 +231,25 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     ) -> None:
         """Move as PEFT does, but leave the dtype, which the adapter's config sets."""
         target = self.device if device is None else device
-        self._change(adapter_name, lambda tensor: tensor.to(target))
+        self._change(adapter_name, lambda t: t if t.is_meta else t.to(target))
 
-    def cast_adapter(self, adapter_name: str) -> None:
-        """Cast an adapter's tensors to the config's dtype, whatever a file had; not integers."""
+    def cast_adapter(self, adapter_name: str, autocast: bool) -> None:
+        """Cast an adapter's tensors to the config's dtype, whatever a file had; not integers.
+
+        Without ``autocast``, the dtype is the base weight's from now on, unless that is packed.
+        """
         if adapter_name in self.configs:
-            dtype = self.configs[adapter_name].adapter_dtype
+            config, base = self.configs[adapter_name], self.weight.dtype
+            if not autocast and base.is_floating_point and base.itemsize > 1:
+                config = dataclasses.replace(config, adapter_dtype=base)
+                self.configs[adapter_name] = config
+            dtype = config.adapter_dtype
             self._change(adapter_name, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
     def _change(self, adapter_name: str, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.adapter_layer_names:
             tensor = getattr(self, name).get(adapter_name)
-            if tensor is not None and not tensor.is_meta:
+            if tensor is not None:
                 tensor.data = change(tensor.data)
         self.forget()
 

@@ -48,8 +48,11 @@ LAYERS = {"layers_to_transform": [0], "target_modules": ["q_proj"]}
         ({"experts": "slot"}, "argument 'experts'; did you mean rasa_experts"),
         ({"rank": 8}, "argument 'rank'; did you mean r"),
         ({"lora_alpha": 8}, "argument 'lora_alpha'; did you mean rasa_alpha"),
-        ({"bias": "all"}, "^bias: expected 'none', got 'all'"),
-        ({"layers_to_transform": [0]}, "^layers_to_transform: expected target_modules"),
+        ({"bias": "lora_only"}, "^bias: .*rasa_only"),
+        (
+            {"layers_to_transform": [0], "target_modules": "q_proj"},
+            "^layers_to_transform: expected target_modules",
+        ),
         ({"layers_pattern": "h"}, "^layers_pattern: 'h' has no effect without"),
         ({"modules_to_save": [SLOW]}, r"expected names of modules, got .*x\$"),
         ({**LAYERS, "layers_pattern": SLOW}, r"expected names of modules, got .*x\$"),

@@ -13,6 +13,7 @@ import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, same_bits
+from tests.helpers.models import GPT2
 from tests.helpers.peft import TOKENS, close, dense, layers, logits, tiny, trained, two
 from tests.helpers.peft_sides import FAMILIES, sides
 from tests.helpers.tiny_lm import make_model
@@ -56,24 +57,64 @@ def test_status_by_layer():
     assert model.get_model_status().merged_adapters == ["second"]
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_the_configs_dtype_holds_whatever_peft_is_asked_for(autocast, tmp_path):
+def test_the_configs_dtype_holds_over_any_base(tmp_path):
     """Nothing is rounded to bfloat16, which cannot represent the initial diagonal."""
-    config = RasaConfig(r=RANK, rasa_alpha=3.3)
-    model = get_peft_model(make_model().bfloat16(), config, autocast_adapter_dtype=autocast)
+    model = get_peft_model(make_model().bfloat16(), RasaConfig(r=RANK, rasa_alpha=3.3))
     assert model(TOKENS).logits.dtype == torch.bfloat16
     for layer in layers(model).values():
         assert torch.equal(layer.rasa_d["default"], oracle.initial_d(RANK, 1, 2, 3.3).float())
     model.add_adapter("second", RasaConfig(r=2, adapter_dtype="bfloat16"))
-    dtypes = {"default": torch.float32, "second": torch.bfloat16}
-    for key, parameter in model.named_parameters():
-        if ".rasa_" in key:
-            assert parameter.dtype == dtypes[key.rpartition(".")[2]], key
+    assert dtypes(model, "default") == {torch.float32}
+    assert dtypes(model, "second") == {torch.bfloat16}
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(
-        make_model().bfloat16(), tmp_path, autocast_adapter_dtype=autocast
-    )
-    assert {p.dtype for key, p in again.named_parameters() if ".rasa_" in key} == {torch.float32}
+    again = PeftModel.from_pretrained(make_model().bfloat16(), tmp_path)
+    assert dtypes(again, "default") == {torch.float32}
+
+
+def dtypes(model, adapter: str) -> set[torch.dtype]:
+    names = (".rasa_", f".{adapter}")
+    return {p.dtype for n, p in model.named_parameters() if names[0] in n and n.endswith(names[1])}
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_without_autocast_the_dtype_is_the_bases(low, tmp_path):
+    options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low}
+    config = RasaConfig(r=RANK, init_weights=False)
+    model = get_peft_model(make_model().bfloat16(), config, autocast_adapter_dtype=False)
+    assert dtypes(model.train(), "default") == {torch.bfloat16}  # train() restores dtypes
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_model().bfloat16(), tmp_path, **options)
+    again.load_adapter(tmp_path, "loaded", **options)
+    again.add_adapter("added", RasaConfig(r=2), **options)
+    for name in ("default", "loaded", "added"):
+        assert dtypes(again.train(), name) == {torch.bfloat16}
+    assert torch.equal(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+@pytest.mark.parametrize("bias", ["all", "rasa_only"])
+def test_biases_are_trained_saved_and_merged(bias, tmp_path):
+    def call(model) -> torch.Tensor:
+        return GPT2.call(model, **GPT2.inputs(0))
+
+    config = RasaConfig(r=2, bias=bias, init_weights=False)
+    model = get_peft_model(GPT2.build(), config)
+    every = [n for n, _ in model.named_parameters() if n.endswith("bias")]
+    meant = [n for n in every if bias == "all" or ".base_layer." in n]
+    assert [n for n, p in model.named_parameters() if p.requires_grad and n in every] == meant
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    call(model).square().mean().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in meant)
+    model.save_pretrained(tmp_path)
+    logits = call(model.eval()).detach()
+    again = PeftModel.from_pretrained(GPT2.build(), tmp_path)
+    for other in (again, rasa_ext.load_adapter(GPT2.build(), tmp_path)):
+        torch.testing.assert_close(call(other.eval()), logits)
+    with pytest.raises(ValueError, match="bias="):
+        rasa_ext.peft.export_lora(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match="1 adapter with bias"):
+        model.add_adapter("second", config)
+    torch.testing.assert_close(call(model.merge_and_unload()), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_as_a_lora_of_its_effective_rank():
