@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 import rasa_ext
@@ -73,3 +76,40 @@ def test_pruning():
     prune.l1_unstructured(layer, "B", 0.5)
     assert torch.equal(layer.adapter().factors().B, dense * layer.B_mask)
     assert (layer.B_mask == 0).sum() == dense.numel() // 2
+
+
+def test_parameters_as_one_vector():
+    """LBFGS makes vectors of parameters and gradients, too."""
+    base, inputs = SEQUENTIAL.build(), SEQUENTIAL.inputs(0)
+    model = patched(base)
+    parameters = rasa_ext.adapter_parameters(model)
+    vector = nn.utils.parameters_to_vector(parameters)
+    nn.utils.vector_to_parameters(vector * 0.5, parameters)
+    assert torch.equal(nn.utils.parameters_to_vector(parameters), vector * 0.5)
+    optimizer = torch.optim.LBFGS(parameters, lr=0.01)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = SEQUENTIAL.loss(model, inputs)[1]
+        loss.backward()
+        return loss
+
+    before = optimizer.step(closure)
+    assert SEQUENTIAL.loss(model, inputs)[1] < before
+    check_step(SEQUENTIAL, base, model)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_buckets_of_ddp(view):
+    """DDP does not warn of gradients whose strides do not match the buckets'."""
+    model, inputs = patched(SEQUENTIAL.build()), SEQUENTIAL.inputs(0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+            for _ in range(2):
+                SEQUENTIAL.loss(wrapped, inputs)[1].backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(p.grad.is_contiguous() for p in rasa_ext.adapter_parameters(model))

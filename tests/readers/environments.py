@@ -20,6 +20,11 @@ from pathlib import Path
 
 PINS = Path(__file__).parents[1] / "requirements" / "readers.ini"
 HERE = Path(__file__).parent
+PARTS = {
+    "llama-cpp-python": ("/vendor/llama.cpp/", ("convert", "conversion/", "gguf-py/gguf/")),
+    "peft": ("/", ("tests/",)),
+}
+"""The folder in a source distribution, and what in it is wanted."""
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -87,14 +92,15 @@ def _name(wanted: str, place: Path) -> None:
 
 
 def _unpack(source: str, place: Path, pip: list) -> None:
-    """Unpack llama.cpp's converters from vendor/llama.cpp of a source distribution."""
+    """Unpack the wanted part of a source distribution."""
     name = source.partition("==")[0]
     run(*pip, "download", "--no-deps", "--no-binary", name, source, "-d", place / "sdist")
     (archive,) = (place / "sdist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
         for member in file.getmembers():
-            _, _, path = member.name.partition("/vendor/llama.cpp/")
-            if path.startswith(("convert", "conversion/", "gguf-py/gguf/")):
+            within, wanted = PARTS[name]
+            _, _, path = member.name.partition(within)
+            if path.startswith(wanted):
                 member.name = path
                 file.extract(member, place / "source")
 
