@@ -210,7 +210,7 @@ def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterS
         >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
         9
         >>> adapter = rasa_ext.import_lora(model, "lora")
-        >>> adapter.config.rank, found.config.k
+        >>> adapter.config.rank, adapter.config.k
         (9, 0)
     """
     adapter = convert_lora(model, read_lora(directory), str(directory))

@@ -134,7 +134,7 @@ class Truncation(NamedTuple):
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
         >>> truncation = rasa_ext.export_error(model, rank=4)  # not yet trained: dW is zero
-        >>> truncation.error, found.layers["model.layers.0.mlp.down_proj"]
+        >>> truncation.error, truncation.layers["model.layers.0.mlp.down_proj"]
         (0.0, 0.0)
     """
 

@@ -151,7 +151,7 @@ DENSE = rf"{BIN}: expected dense tensors .*{re.escape(POOL)}"
         (_bytes(lambda whole: whole[: len(whole) // 2]), REFUSED),
         (_bytes(_flipped), REFUSED),
         (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
-        (_config(bias="all"), "bias.*none.*all"),
+        (_config(bias="lora_only"), "bias.*lora_only"),
         (_config(layers_to_transform=[0, 1]), "layers_to_transform"),
         (_config(r=None), r"\br\b"),
         (_config(rasa_k=RANK + 1), r"\bk\b"),
