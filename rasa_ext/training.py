@@ -1,10 +1,10 @@
-"""Helpers for training loops: parameter groups, and replacement of an adapter's tensors."""
+"""Helpers for training loops: parameter groups, new tensors, steps between Trainer's steps."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,10 @@ from rasa_ext.patching.state import (
     patch_state,
 )
 
-__all__ = ["adapter_of", "parameter_groups", "replace_tensors"]
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["adapter_of", "parameter_groups", "replace_tensors", "step_callback"]
 
 Config = TypeVar("Config", bound=AdapterConfig)
 
@@ -164,3 +167,71 @@ def _check_unwrapped(model: nn.Module) -> None:
             "not average; wrap the model again.",
             stacklevel=3,
         )
+
+
+def step_callback(
+    steps: Any,
+    before: Callable[[], object] = lambda: None,
+    end: Callable[[], str] | None = None,
+) -> TrainerCallback:
+    """Make a callback of transformers' Trainer that runs extra steps and saves their state.
+
+    Args:
+        steps: an object with ``step``, called after each optimizer step, ``state_dict``, which
+            returns numbers and strings, and ``load_state_dict``.
+        before: called before each optimizer step, when gradients are available.
+        end: called at the end, unless training was stopped early; the returned text is printed.
+
+    Returns:
+        The callback, to pass to Trainer, or to return from ``AdapterConfig.callbacks``.
+
+    Raises:
+        ValueError: a resumed checkpoint has no state of one such callback.
+
+    Example:
+        >>> class Count:
+        ...     steps = 0
+        ...     def step(self):
+        ...         self.steps += 1
+        ...     def state_dict(self):
+        ...         return {"steps": self.steps}
+        ...     def load_state_dict(self, state):
+        ...         self.steps = state["steps"]
+        >>> callback = rasa_ext.training.step_callback(Count())
+        >>> callback.state()["attributes"]
+        {'saved': {'steps': 0}}
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    name = f"{type(steps).__name__}Callback"
+
+    class StepCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # untyped
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"saved": steps.state_dict()}}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.global_step:
+                return
+            saved = state.stateful_callbacks.get(name)
+            if not isinstance(saved, dict):
+                raise ValueError(
+                    "resume_from_checkpoint: expected a checkpoint of a training with one callback "
+                    f"of {type(steps).__name__}, like this training, got one with none or several."
+                )
+            steps.load_state_dict(saved["attributes"]["saved"])
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            before()
+
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            steps.step()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if end is not None and state.global_step >= state.max_steps:
+                text = end()
+                if state.is_world_process_zero:
+                    print(text)
+
+    StepCallback.__name__ = name  # Trainer stores the state under this name
+    return StepCallback()

@@ -212,3 +212,32 @@ def test_a_base_that_is_trained_too(tensor, way):
     for each in (model, simple):
         SEQUENTIAL.loss(each, SEQUENTIAL.inputs(0, torch.float64))[1].backward()
     torch.testing.assert_close(trained.grad, expected.grad)
+
+
+def test_stages_of_a_pipeline_have_the_pools_that_they_use():
+    """The gradients of the stages' pools add up to the whole model's."""
+    whole, inputs = patched(LLAMA.build()).train(), LLAMA.inputs(0)
+    first, last = copy.deepcopy(whole), copy.deepcopy(whole)
+    first.model.layers, first.model.norm = first.model.layers[:1], torch.nn.Identity()
+    last.model.layers = last.model.layers[1:]
+    hidden = first.model(**inputs, use_cache=False).last_hidden_state
+    logits = last(inputs_embeds=hidden, use_cache=False).logits
+    expected = LLAMA.call(whole, **inputs)
+    torch.testing.assert_close(logits, expected)
+    for output in (logits, expected):
+        output.square().mean().backward()
+    stages = [dict(stage.rasa_pools.named_parameters()) for stage in (first, last)]
+    for name, parameter in whole.rasa_pools.named_parameters():
+        torch.testing.assert_close(sum(stage[name].grad for stage in stages), parameter.grad)
+
+
+def test_adapters_over_one_copy_of_a_base_train_as_alone():
+    base = LLAMA.build()
+    tensors = (*base.parameters(), *base.buffers())
+    weights = {t.data_ptr() for t in tensors}
+    models = [copy.deepcopy(base, {id(t): t for t in tensors}) for _ in range(2)]
+    for seed, model in enumerate(models, 2):
+        randomize(rasa_ext.patch_model(model, 2 * seed, 1), seed)
+    for model in models:
+        assert {p.data_ptr() for p in model.parameters() if not p.requires_grad} <= weights
+        check_step(LLAMA, LLAMA.build(), model)

@@ -27,8 +27,7 @@ from rasa_ext.methods import (
 )
 from rasa_ext.nn import RasaPool
 from rasa_ext.patching import owners
-from rasa_ext.training import adapter_of, replace_tensors
-from rasa_research.callback import step_callback
+from rasa_ext.training import adapter_of, replace_tensors, step_callback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from rasa_ext import RasaLinear
 from rasa_ext.methods import checked_integer, checked_number
 from rasa_ext.nn import RasaPool
-from rasa_ext.training import adapter_of, replace_tensors
-from rasa_research.callback import step_callback
+from rasa_ext.training import adapter_of, replace_tensors, step_callback
 from rasa_research.methods import BoostedLoraConfig, BoostedPoolConfig
 from rasa_research.methods.boosted_lora import Boosted
 from rasa_research.methods.stack import pushed
