@@ -95,9 +95,7 @@ def adapter_of(model: nn.Module, *methods: type[Config]) -> tuple[Config, dict[s
     config = patch_state(model).config
     if not isinstance(config, methods):
         expected = " or ".join(method.__name__ for method in methods)
-        raise ValueError(
-            f"model: expected one patched with {expected}, got {type(config).__name__}."
-        )
+        raise ValueError(f"model: expected a patch with {expected}, got {type(config).__name__}.")
     return config, dict(adapted_layers(model))
 
 

@@ -106,9 +106,7 @@ class BnbLinear8bit(Format):
 
 
 def _raise_unquantized(name: str, fmt: str) -> NoReturn:
-    raise ValueError(
-        f"{name!r} ({fmt}) is not quantized yet; call model.to(device), which quantizes it, first"
-    )
+    raise ValueError(f"{name!r} ({fmt}) is not quantized yet; call model.to(device) first")
 
 
 class QuantizedTensor(Format):

@@ -68,8 +68,7 @@ class LinearBase:
         elif not isinstance(weight, Tensor) or not weight.is_floating_point():
             kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(
-                f"{name!r} has a weight of {kind}, expected a floating-point weight; load the "
-                "model dequantized"
+                f"{name!r} has a weight of {kind}, expected floats; load the model dequantized"
             )
         if (reason := refusal(self.module)) is not None:
             raise ValueError(f"{name!r} {reason}")
@@ -108,8 +107,7 @@ class StackedBase:
             )
         if is_dtensor(weight):
             raise ValueError(
-                f"{name!r} is sharded over processes, expected a whole weight; patch the model "
-                "first, then shard it"
+                f"{name!r} is sharded over processes, expected a whole weight; patch, then shard it"
             )
         usual = type(weight) in (nn.Parameter, Tensor)
         numbers = usual and weight.is_floating_point() and weight.itemsize > 1

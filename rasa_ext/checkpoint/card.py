@@ -353,9 +353,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return ModelCard(text)
     except (YAMLError, ValueError) as error:
-        raise ValueError(
-            f"{where}: expected a YAML header, but reading it failed: {error}."
-        ) from None
+        raise ValueError(f"{where}: expected a YAML header that parses: {error}.") from None
 
 
 def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]) -> None:

@@ -164,7 +164,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: damaged or cut, since it does not parse as JSON ({error}); {_ANOTHER_COPY}."
+            f"{path}: damaged or cut: it does not parse as JSON ({error}); {_ANOTHER_COPY}."
         ) from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}.")
@@ -186,8 +186,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: damaged or cut, since it does not parse as safetensors ({error}); "
-            f"{_ANOTHER_COPY}."
+            f"{path}: damaged or cut: it does not parse as safetensors ({error}); {_ANOTHER_COPY}."
         ) from None
     if names is None and stated is not None and stated != (actual := digest(tensors)):
         raise ValueError(
@@ -285,8 +284,7 @@ def check_finite(
     """
     if narrow := next((name for name in tensors if _is_narrow(tensors[name])), None):
         raise ValueError(
-            f"{where}: expected numbers of 16 bits or more, but {narrow} has "
-            f"{tensors[narrow].dtype}. {state}."
+            f"{where}: expected 16 bits or more, but {narrow} has {tensors[narrow].dtype}. {state}."
         )
     if bad := not_finite(tensors):
         raise ValueError(

@@ -103,8 +103,7 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
             rows[key.removeprefix(PREFIX)] = tensor
         elif re.search(r"\.(lora_|token_adapter\.)", key):
             raise ValueError(
-                f"{directory}: expected lora_A and lora_B of linear layers only, got {key}; "
-                f"{_MERGE}."
+                f"{directory}: expected lora_A and lora_B of linear layers, got {key}; {_MERGE}."
             )
         elif ".base_layer." not in key:  # the base's own weight, which PEFT writes for heads
             saved[key.removeprefix(PREFIX).replace(".modules_to_save.", ".")] = tensor
@@ -124,18 +123,13 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
                 "this is a RaSA adapter already: read it with rasa_ext.load_adapter(model, "
                 "directory), or with the commands merge and export-lora"
             )
-        raise ValueError(
-            f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; {way}."
-        )
+        raise ValueError(f"{where}: expected peft_type 'LORA' in the config, got {kind!r}; {way}.")
     if reason := next(_beyond_lora(config), None):
-        raise ValueError(
-            f"{where}: expected a plain LoRA, but adapter_config.json has {reason}; {_MERGE}."
-        )
+        raise ValueError(f"{where}: expected a plain LoRA, but the config has {reason}; {_MERGE}.")
     for name, kind in (("use_rslora", bool), ("alpha_pattern", dict), ("modules_to_save", list)):
         if not isinstance(value := config.get(name) or kind(), kind):
             raise ValueError(
-                f"{where}: expected adapter_config.json to have {name} as PEFT writes it, got "
-                f"{value!r}."
+                f"{where}: expected {name} in the config as PEFT writes it, got {value!r}."
             )
     alphas = {"": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
     for pattern, alpha in alphas.items():
@@ -165,9 +159,7 @@ def _beyond_lora(config: Mapping[str, Any]) -> Iterator[str]:
 def _factors(name: str, pair: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     missing = {"A", "B"} - set(pair)
     if missing:
-        raise ValueError(
-            f"{where}: expected both factors of {name}, but lora_{missing.pop()} is missing."
-        )
+        raise ValueError(f"{where}: of {name}, lora_{missing.pop()} is missing.")
     B, A = pair["B"], pair["A"]
     if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] > 0:
         raise ValueError(

@@ -134,9 +134,7 @@ def _gguf_names(root: Any, names: list[str]) -> dict[str, str]:
     try:
         import gguf
     except ImportError:
-        raise ImportError(
-            "format: writing 'gguf' needs the package gguf: pip install gguf."
-        ) from None
+        raise ImportError("format: 'gguf' needs the package gguf: pip install gguf.") from None
     architecture = _FAMILIES[root.config.model_type][0]
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(number, root.config.num_hidden_layers)

@@ -235,9 +235,7 @@ def rows_for_sft(
         return [list(rows) for rows in sets], False
     if any("messages" in row for rows in sets for row in rows):
         if not template:
-            raise DataError(
-                "template: --no-template is for data with a prompt and a completion, got messages."
-            )
+            raise DataError("template: --no-template is for prompts and completions, got messages.")
         tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     if not (template and tokenizer.chat_template):
         return [list(rows) for rows in sets], False

@@ -289,9 +289,7 @@ def base_of(adapter: Path, given: str | None, argument: str = "adapter") -> Iter
     check_adapter(adapter, argument)
     name = given or read_config(adapter).get("base_model_name_or_path")
     if not name:
-        raise ValueError(
-            f"model: {adapter} does not say which base model it was trained on; pass --model."
-        )
+        raise ValueError(f"model: {adapter} does not name its base model; pass --model.")
     try:
         yield str(name)
     except ModelError as error:

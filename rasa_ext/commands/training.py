@@ -221,8 +221,7 @@ def _load(options: FinetuneOptions) -> Any:
     if model.dtype == torch.float16 and not torch.cuda.is_available():
         if options.dtype == "float16":
             raise ValueError(
-                "dtype: float16 is trained with a scaled loss, which needs a GPU; on a CPU use "
-                "float32 or bfloat16."
+                "dtype: float16 training needs a GPU; on a CPU use float32 or bfloat16."
             )
         model = torch.nn.Module.float(model)  # transformers' own refuses quantized models
     return model

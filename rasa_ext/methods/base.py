@@ -515,9 +515,7 @@ def checked_dtype(name: str, value: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype, got {value!r} ({type(value).__name__}).")
     if dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(str(d) for d in _DTYPES)}, got {dtype}."
-        )
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
     return dtype
 
 

@@ -216,8 +216,7 @@ def drop_packs(model: nn.Module) -> None:
     adapted = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     if not adapted:
         raise ValueError(
-            "model: expected a model with adapters of rasa_ext, got a "
-            f"{type(model).__name__} without one."
+            f"model: expected one with adapters of rasa_ext, got a {type(model).__name__} without."
         )
     for module in adapted:
         module.drop_pack()

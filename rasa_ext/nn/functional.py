@@ -279,8 +279,7 @@ def adapted_group(
     for name, tensors in lists.items():
         if len(tensors) != x.shape[0]:
             raise ValueError(
-                f"{name}: expected one tensor for each of x's {x.shape[0]} layers, got "
-                f"{len(tensors)}."
+                f"{name}: expected {x.shape[0]} tensors, one per layer of x, got {len(tensors)}."
             )
     stacked = None if bias is None else torch.stack(list(bias)).detach()
     factors = [Factors(a, A_pool, b, B_pool, v) for a, b, v in zip(A, B, d, strict=True)]

@@ -384,9 +384,7 @@ def ports(
     first, layers = factors[0], len(factors)
     A, _, B, _, d = zip(*factors, strict=True)
     outputs = _Gate.apply(packs, factors, cache, first.A_pool, first.B_pool, *A, *B, *d)
-    A_pool, B_pool = (
-        pool is not None and pool.requires_grad for pool in (first.A_pool, first.B_pool)
-    )
+    A_pool, B_pool = (p is not None and p.requires_grad for p in (first.A_pool, first.B_pool))
     return [
         (
             down if A_pool or a.requires_grad else None,

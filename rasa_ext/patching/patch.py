@@ -182,8 +182,7 @@ def plan_layers(
             raise ValueError(f"{where}: expected names of linear layers, but {name!r} is {got}.")
         if shape != linear_shape(module):
             raise ValueError(
-                f"{where}: expected the layer's (out, in) {linear_shape(module)} for {name!r}, "
-                f"got {shape}."
+                f"{where}: expected (out, in) {linear_shape(module)} for {name!r}, got {shape}."
             )
     exact = "|".join(re.escape(name) for name in shapes)
     for targets in (tuple(suffixes(list(shapes), model)), exact):

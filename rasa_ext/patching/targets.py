@@ -246,8 +246,7 @@ def _modules_to_save(survey: Survey, names: Collection[str]) -> tuple[str, ...]:
         meant = [name for name in survey.modules if name and matches(name, (item,))]
         if not meant:
             raise ValueError(
-                f"modules_to_save: expected suffixes of module names, but no module's name ends "
-                f"in {item!r}."
+                f"modules_to_save: expected suffixes of module names, but no name ends in {item!r}."
             )
         saved.update(dict.fromkeys(meant))
     return _with_ties(survey, saved)
