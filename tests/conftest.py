@@ -1,7 +1,5 @@
 """Fixtures and hooks for all tests: seeds, devices, measured figures, distribution to workers."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Spectra and pool use, against dense weight changes and values computed by hand."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

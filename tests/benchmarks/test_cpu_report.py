@@ -1,7 +1,5 @@
 """The report for a CPU, run with tiny shapes. No test checks times."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

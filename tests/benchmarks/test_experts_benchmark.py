@@ -1,7 +1,5 @@
 """The benchmark of stacked experts, run with a tiny layer. No test checks times."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """The GPU report, run on a CPU. No test checks times."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

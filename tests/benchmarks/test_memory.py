@@ -1,7 +1,5 @@
 """The memory computed in docs/memory.md: the tables and the counts behind them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Predicted steps: bytes counted by hand, a measurement of this machine, and the page."""
 
-from __future__ import annotations
-
 import re
 import sys
 

@@ -1,7 +1,5 @@
 """The benchmark of SFTTrainer, run with a tiny model. No test checks times."""
 
-from __future__ import annotations
-
 import json
 import sys
 

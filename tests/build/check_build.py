@@ -15,8 +15,6 @@ GPU is needed, and no kernel is launched. The script checks that:
 The exit status is 1 if a check fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -10,8 +10,6 @@ in flight, or does not fit on a multiprocessor. Also fails if the table of kerne
 benchmarks/results/machine-code.md is out of date; ``--write`` updates it. No GPU is needed.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

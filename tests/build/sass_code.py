@@ -4,8 +4,6 @@ The parser understands only what tests/build/sass.py needs. It reads code in add
 sides of a forward branch count as executed, and an unconditional jump ends all loads in flight.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Tests of the parser and the checks of machine code, on short hand-written examples."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -6,8 +6,6 @@ Each case damages a written folder and loads it into a fresh base, in a forked p
 limits on time and memory.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import linecache

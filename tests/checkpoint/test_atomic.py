@@ -1,7 +1,5 @@
 """The files of an adapter change together, even if writing fails or is interrupted."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import itertools

@@ -1,7 +1,5 @@
 """Model cards: their contents, running their code, and when README.md is overwritten."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Exports of adapted experts: each layout against dense weight changes."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

@@ -1,7 +1,5 @@
 """An exported LoRA that PEFT loads onto the plain base computes the same function."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """LoRAs in GGUF and mlx-lm format, at a chosen rank. tests/readers runs the readers."""
 
-from __future__ import annotations
-
 import json
 
 import gguf

@@ -1,7 +1,5 @@
 """Run a few hundred fuzzer cases, and check that the fuzzer detects each kind of fault."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

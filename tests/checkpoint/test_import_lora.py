@@ -1,7 +1,5 @@
 """import_lora: turn a LoRA saved by PEFT into a RaSA adapter with the same outputs."""
 
-from __future__ import annotations
-
 import copy
 import functools
 

@@ -1,7 +1,5 @@
 """Saving and loading: round trips, file sizes, strict checks, damaged files and digests."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

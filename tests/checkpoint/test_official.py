@@ -1,7 +1,5 @@
 """Checkpoints of the official RaSA code."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

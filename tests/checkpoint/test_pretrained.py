@@ -1,7 +1,5 @@
 """save_pretrained and Trainer checkpoints of patched models: no weight is lost on loading."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import functools

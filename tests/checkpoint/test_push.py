@@ -1,7 +1,5 @@
 """Pushing to a local Hub, and loading from it by id."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Unexpected files: the error says what the files are and what to do."""
 
-from __future__ import annotations
-
 import copy
 import functools
 

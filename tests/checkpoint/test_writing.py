@@ -1,7 +1,5 @@
 """Folders are written completely or not at all; file system errors get a clear message."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

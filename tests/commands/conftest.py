@@ -1,7 +1,5 @@
 """Fixtures of the command's tests, also for methods of research."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

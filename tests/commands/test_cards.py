@@ -1,7 +1,5 @@
 """Model cards of a run and of an import, and Trainer's own push."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

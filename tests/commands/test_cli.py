@@ -1,7 +1,5 @@
 """The command: printed text, written files, and reading the files with other libraries."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

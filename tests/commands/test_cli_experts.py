@@ -1,7 +1,5 @@
 """The file commands with a mixture of experts: sizes, layouts, one line per group."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft

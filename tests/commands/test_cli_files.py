@@ -1,7 +1,5 @@
 """The commands when files cannot be written, or should not be."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 from pathlib import Path

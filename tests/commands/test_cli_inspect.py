@@ -1,7 +1,5 @@
 """inspect: which arguments count as an adapter, and the output to a pipe."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

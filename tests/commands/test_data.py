@@ -1,7 +1,5 @@
 """Data: exactly which tokens have a loss, and the errors for bad lines."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """The demo on a tiny random model: files, comparison, and errors that stop it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

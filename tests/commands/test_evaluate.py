@@ -1,7 +1,5 @@
 """The commands evaluate and generate for adapters, merged models and bases."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """finetune: what is trained, the written files, a resumed run, and options that are refused."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """finetune from an existing adapter, and further options of a new adapter."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """finetune with every method: trained parameters, callbacks and invalid options."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,7 +1,5 @@
 """finetune: runs that stop, resume from the newest whole checkpoint, or replace others."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,7 +1,5 @@
 """Loading models by name, .gguf files, and the metrics of evaluate."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

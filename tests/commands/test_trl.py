@@ -1,7 +1,5 @@
 """``rasa-ext trl``: TRL's six scripts train RaSA by TRL's options."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

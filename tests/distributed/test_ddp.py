@@ -1,7 +1,5 @@
 """Two local processes train like one process with the same global batches."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

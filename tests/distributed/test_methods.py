@@ -1,7 +1,5 @@
 """All methods train in two processes as in one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

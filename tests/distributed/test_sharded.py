@@ -1,7 +1,5 @@
 """FSDP2 over a patched model in one process: files, trained rows, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 

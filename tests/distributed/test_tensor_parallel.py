@@ -1,7 +1,5 @@
 """Two processes that split a base by transformers' tp_plan train like one process."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

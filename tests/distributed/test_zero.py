@@ -4,8 +4,6 @@ On first use, DeepSpeed is installed into a permanent folder beside the tests' p
 (tests/readers/environments.py). Its first run compiles an operator for gloo.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fixtures that run pages, also for the pages of research; docs/ is importable."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Imports between the package's folders go in one direction."""
 
-from __future__ import annotations
-
 import ast
 import re
 from graphlib import TopologicalSorter

@@ -1,7 +1,5 @@
 """The stages of .ci/run, the commands that it reads from the README, and a release's checks."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import subprocess

@@ -1,7 +1,5 @@
 """The compatibility page matches its data, and its tests run only if they are selected."""
 
-from __future__ import annotations
-
 import datetime
 import re
 import shutil

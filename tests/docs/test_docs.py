@@ -1,7 +1,5 @@
 """README and docs: pages run from top to bottom, commands and options exist, pictures match."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 

@@ -1,7 +1,5 @@
 """Docstrings of public names have all sections, and their examples run."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 

@@ -1,7 +1,5 @@
 """The demo's notebook runs in a Jupyter kernel, on a tiny model."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

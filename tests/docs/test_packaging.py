@@ -1,7 +1,5 @@
 """The package's imports and metadata."""
 
-from __future__ import annotations
-
 import email
 import re
 import shutil

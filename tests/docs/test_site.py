@@ -1,7 +1,5 @@
 """Generated parts of the site are current and complete, and printed outputs are true."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

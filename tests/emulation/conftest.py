@@ -1,7 +1,5 @@
 """A fixture for the emulated kernels as a Python module."""
 
-from __future__ import annotations
-
 import importlib.util
 from types import ModuleType
 

@@ -7,8 +7,6 @@ sides of a bound are right. Compiling each mutant by itself would take most of t
 contains all mutants, and the program chooses one at the start (mutants.h).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reasons why some mutants are not faults: their change affects no result."""
 
-from __future__ import annotations
-
 GUARDED = "the one element more is left out by the condition inside the loop"
 EXTRA_BLOCK = "one block more, which finds nothing to do; costs time alone"
 LAST_TURN = "a last turn, which finds nothing left"

@@ -10,8 +10,6 @@ It fails if a barrier or a wait survives, if fewer than 92 % of the mutants die,
 has no reason.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """Run the stand-alone check, plain in several orders of execution, and under sanitizers."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

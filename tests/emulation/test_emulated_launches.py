@@ -4,8 +4,6 @@ The stand-alone check, which sanitizers and mutants also run, tests values, writ
 misaligned addresses and the order of execution. tests/ops compares with the PyTorch kernels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 

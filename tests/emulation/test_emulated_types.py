@@ -1,7 +1,5 @@
 """The emulation's float16 and bfloat16 agree with torch's for every number."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """GRPO with a server that receives only the adapter and computes with it."""
 
-from __future__ import annotations
-
 import types
 
 import pytest

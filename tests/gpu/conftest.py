@@ -1,7 +1,5 @@
 """Run GPU tests on a CUDA device, and on the CPU with the same operators compiled for it."""
 
-from __future__ import annotations
-
 import pytest
 
 from rasa_ext import ops

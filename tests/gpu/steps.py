@@ -1,7 +1,5 @@
 """Run steps of adapted layers and models with the package and plain PyTorch, and compare errors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

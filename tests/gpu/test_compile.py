@@ -1,7 +1,5 @@
 """torch.compile on the device; on a CPU with the backend that generates no code."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Whole models on the device: checkpointing, projections computed together, merging."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

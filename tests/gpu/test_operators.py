@@ -3,8 +3,6 @@
 tests/ops and tests/nn/test_group.py test small sizes in every dtype, also on the device.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """PEFT on the device: two adapters, training, files."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """TF32 follows torch's flag; autocast works over float32 bases."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

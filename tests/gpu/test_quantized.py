@@ -1,7 +1,5 @@
 """Quantized bases on the device, with bitsandbytes' kernels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Streams other than the default one, and devices other than the current one."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Adapter folders: write one in any format, read its tensors or card, edit its config."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Tolerances are relative to the error of ``PlainRasa``, RaSA in plain PyTorch.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 from collections import defaultdict

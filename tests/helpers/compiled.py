@@ -1,7 +1,5 @@
 """Compile the kernels for the CPU, and operators that call them, once for all test workers."""
 
-from __future__ import annotations
-
 import fcntl
 import importlib.util
 import os

@@ -5,8 +5,6 @@ namespace has ``rasa_ext``, ``torch``, ``model`` (a fresh two-layer causal langu
 ``moe_model`` (the same with four experts in each layer). A local server replaces the Hub.
 """
 
-from __future__ import annotations
-
 import doctest
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Tiny mixtures of experts with adapters, and dW of their stacked weights."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny mixtures of experts of many families, and stacks of experts without a model."""
 
-from __future__ import annotations
-
 import functools
 import re
 from types import SimpleNamespace

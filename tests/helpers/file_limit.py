@@ -1,7 +1,5 @@
 """Limit the size of files, to simulate a full disk."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import sys

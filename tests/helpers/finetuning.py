@@ -1,7 +1,5 @@
 """Fine-tune with any method, interrupt runs, read their logs, compare them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

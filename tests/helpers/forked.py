@@ -10,8 +10,6 @@ last one disconnects.
 Tests of what a process imports must use ``sys.executable``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ Answers have the form that huggingface_hub reads. Errors in a model card's metad
 Hub refuses are refused here, too. Repositories are files in memory, by revision.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

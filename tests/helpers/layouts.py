@@ -4,8 +4,6 @@ GPTQ and AWQ layers are stand-ins with the names of gptqmodel 7.6's and AutoRoun
 take minutes to install. ``tests/quantized/data`` has what these libraries wrote.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Draw tensors for low_rank_linear, and compute its results by formulas and by operators."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

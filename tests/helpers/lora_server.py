@@ -3,8 +3,6 @@
 PEFT loads the files and computes, so the server shares no code with the package.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

@@ -1,7 +1,5 @@
 """Measure memory: sizes of tensors made, bytes alive, and storages that autograd saves."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import weakref

@@ -1,7 +1,5 @@
 """Every method over a small model, and the formula of each in plain PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Small models of many kinds, each with a factory, inputs and a loss."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Helpers for tests of operators: random adapters, memory layouts, and checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Two methods defined outside the package: VeRA, and one with an index tensor in each layer."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar

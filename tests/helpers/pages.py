@@ -7,8 +7,6 @@ two-layer model under the name that pages use, and ``smollm2`` is a random model
 `pytest` do nothing. Of commands that are skipped, only names and options are checked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Small PEFT models with random adapters, their float64 reference, and LoRAs of PEFT's own."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Two-layer mixtures of experts under PEFT, with adapters on stacked expert weights."""
 
-from __future__ import annotations
-
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn

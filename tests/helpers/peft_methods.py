@@ -1,7 +1,5 @@
 """Tiny Llamas under PEFT with any method, and the names of their tensors."""
 
-from __future__ import annotations
-
 import peft
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Base models for tests of PEFT: one with linear layers only, and some with stacked experts."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Run worker scripts in several processes, and compare the adapters that they write."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Draw tensors for linear_projections, and compute its results by formulas and by operators."""
 
-from __future__ import annotations
-
 import torch
 
 from rasa_ext import ops

@@ -1,7 +1,5 @@
 """Layers and models in every quantized format, and their dequantized weights in float64."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Check that a call raises an error and leaves the model unchanged."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 

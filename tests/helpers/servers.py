@@ -1,7 +1,5 @@
 """HTTP servers in the test's process, with JSON answers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

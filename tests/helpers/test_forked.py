@@ -1,7 +1,5 @@
 """Tests of the stand-in for the interpreter: exit codes, stderr, signals and the time limit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

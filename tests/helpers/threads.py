@@ -1,7 +1,5 @@
 """Run a function in several threads at once."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """A random two-layer Llama and a byte-level tokenizer, built in milliseconds without a download."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

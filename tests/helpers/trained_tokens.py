@@ -1,7 +1,5 @@
 """Patch models of many kinds so that some rows of their embeddings are trained."""
 
-from __future__ import annotations
-
 import torch
 
 from rasa_ext.nn.trained_tokens import TrainedTokens

@@ -1,7 +1,5 @@
 """Trainers for tests: quiet arguments, and TRL's SFTTrainer over a few sums."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

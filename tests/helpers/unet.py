@@ -1,7 +1,5 @@
 """A small model with module paths like diffusers' UNet2DConditionModel: several integers each."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """How products reach cuBLAS: through cublasLt if it has an algorithm, and never as empty sums."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 

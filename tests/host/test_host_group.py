@@ -1,7 +1,5 @@
 """The operators over a whole group: which products the host code passes to cuBLAS, and how."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The host code of the low-rank linear: cuBLAS calls, dropout's mask, errors for bad input."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

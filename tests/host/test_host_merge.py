@@ -1,7 +1,5 @@
 """Computing dW of a group's layers and adding it to weights, in batches or in place."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

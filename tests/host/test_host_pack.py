@@ -1,7 +1,5 @@
 """Packs and their gradients: input that the host code accepts beyond the contract, and errors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """benchmarks/passes.py lists the host code's cuBLAS products in the right order."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

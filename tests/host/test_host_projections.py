@@ -1,7 +1,5 @@
 """Projections of one x: one down-projection for all layers, then the products of each layer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Products with one narrow side: when hand-written kernels compute them, and when cuBLAS does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Tests for every method, against its formula in float64."""
 
-from __future__ import annotations
-
 import copy
 import json
 

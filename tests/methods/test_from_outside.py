@@ -1,7 +1,5 @@
 """A method that another installed package defines and announces by an entry point."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """LoraConfig(experts="own"): each expert has its own pair of factors, like PEFT's LoRA."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Regular expressions over names match like Python's, in bounded time."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import re

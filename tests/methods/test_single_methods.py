@@ -1,7 +1,5 @@
 """Properties of single methods."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

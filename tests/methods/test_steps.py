@@ -1,7 +1,5 @@
 """The API with which a method of another package changes its adapter between steps."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """torch.compile of patched models as one graph, with gradients compared with the oracle."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

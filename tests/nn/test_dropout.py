@@ -1,7 +1,5 @@
 """Dropout on the adapter's input, in single layers and in training of whole models."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

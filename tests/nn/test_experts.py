@@ -1,7 +1,5 @@
 """Adapted experts agree with a loop over tokens and experts, and with the model's own forward."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Memory of adapted experts: they make and save no tensor as large as a stacked weight."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Training of adapted experts: dropout, checkpointing, autocast, copies, casts, torch.compile."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

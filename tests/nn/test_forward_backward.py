@@ -1,7 +1,5 @@
 """Errors of logits and gradients from the float64 oracle, compared with those of plain PyTorch."""
 
-from __future__ import annotations
-
 import copy
 
 import accelerate

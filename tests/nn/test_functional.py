@@ -1,7 +1,5 @@
 """The autograd functions: gradients, frozen inputs, and work and memory of the backward."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Projections of one input are computed together, and always agree with the oracle."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import gc

@@ -1,7 +1,5 @@
 """adapted_group: all layers of a group in one call."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Base weights, adapter tensors and the group's packs exist anyway and are not counted.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -3,8 +3,6 @@
 ``tests/walks`` compares values and gradients in any order of forwards, backwards and writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """An adapter that other code has cast still trains in the dtype of the config."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

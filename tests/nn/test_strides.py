@@ -1,7 +1,5 @@
 """Results do not change with other strides of parameters, which are contiguous at first."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

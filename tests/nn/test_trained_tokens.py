@@ -1,7 +1,5 @@
 """Embeddings and heads with trained rows, compared with training the whole table."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,7 +1,5 @@
 """Training in the ways users train: in every combination, gradients must agree with the oracle."""
 
-from __future__ import annotations
-
 import copy
 import io
 import sys

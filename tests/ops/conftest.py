@@ -1,7 +1,5 @@
 """Run operator tests with PyTorch kernels, compiled host code on CPU memory, and on a GPU."""
 
-from __future__ import annotations
-
 import pytest
 
 

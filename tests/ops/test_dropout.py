@@ -1,7 +1,5 @@
 """dropout: each element is kept with probability 1 - p, independent of all others."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

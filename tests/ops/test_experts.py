@@ -1,7 +1,5 @@
 """Products for each expert's rows, and packs of all experts in one tensor."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

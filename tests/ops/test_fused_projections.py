@@ -1,7 +1,5 @@
 """linear_projections, for several layers that read one x, and the backward."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils._pytree import tree_map

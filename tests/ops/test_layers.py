@@ -1,7 +1,5 @@
 """Operators on the packs of all layers of a group."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

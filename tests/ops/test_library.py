@@ -1,7 +1,5 @@
 """A compiled library that does not load: nothing fails, and the first use of CUDA warns."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """low_rank_linear, low_rank_add and their backward."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

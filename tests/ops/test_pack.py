@@ -1,7 +1,5 @@
 """Packs of a group's layers, and their gradients, with any strides of the parameters."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

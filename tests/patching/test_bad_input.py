@@ -1,7 +1,5 @@
 """Bad input raises an error that names the argument and value, and the model does not change."""
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

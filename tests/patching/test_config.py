@@ -1,7 +1,5 @@
 """RasaConfig: arguments, choice of layers, frozen parameters, and ``summary``."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 

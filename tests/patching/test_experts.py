@@ -1,7 +1,5 @@
 """Patching of stacked expert weights: targets, reasons for skipped weights, unpatch, errors."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

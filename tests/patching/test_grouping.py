@@ -1,7 +1,5 @@
 """Groups of layers that share a pool; shapes, initial values and owners of adapter tensors."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """groups: the user chooses which layers share a pool if the default rule does not fit."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """Layers that all-linear skips: output heads, and 1x1 convolutions, which the summary lists."""
 
-from __future__ import annotations
-
 import types
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Layers that "all-linear" skips, and the reasons in ``summary``."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

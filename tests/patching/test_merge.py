@@ -1,7 +1,5 @@
 """merge, unmerge, merge_and_unload, unpatch and disable_adapter."""
 
-from __future__ import annotations
-
 import copy
 import re
 

@@ -1,7 +1,5 @@
 """merge, unmerge, delta_weights, disable_adapter and unpatch over stacked experts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Merging layers of a group together: in chunks, for mixed layers, all or none."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """trainable_token_indices of patch_model, compared with training a whole table."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

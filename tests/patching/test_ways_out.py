@@ -1,7 +1,5 @@
 """Messages for common mistakes: each says what to do instead."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

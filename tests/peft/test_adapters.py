@@ -1,7 +1,5 @@
 """Several adapters on one model: adding, switching, deleting, disabling, merging."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 

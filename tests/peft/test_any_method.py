@@ -1,7 +1,5 @@
 """Methods under PEFT other than RaSA: built-in ones, and one defined outside the package."""
 
-from __future__ import annotations
-
 import copy
 
 import peft

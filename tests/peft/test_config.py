@@ -1,7 +1,5 @@
 """RasaConfig as a PEFT config."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

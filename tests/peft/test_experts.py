@@ -1,7 +1,5 @@
 """Mixtures of experts under PEFT: tensors, outputs and files equal those of ``patch_model``."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

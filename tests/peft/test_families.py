@@ -4,8 +4,6 @@ The parts are an encoder and a decoder, or two towers. Each part has its own poo
 official format cannot express, so the files here use our format.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Other PEFT features either work with RaSA or raise an error that says why not."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict

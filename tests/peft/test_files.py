@@ -1,7 +1,5 @@
 """Adapter folders of PEFT, rasa_ext and the official code: reading and writing."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -1,7 +1,5 @@
 """rasa_groups under PEFT: the user chooses which layers share a pool."""
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings

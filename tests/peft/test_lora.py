@@ -1,7 +1,5 @@
 """export_lora of a PEFT model writes the same file as for a patched model."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

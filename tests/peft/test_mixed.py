@@ -1,7 +1,5 @@
 """``adapter_names`` in forward and generate: each row of a batch uses its own adapter."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

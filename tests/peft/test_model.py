@@ -1,7 +1,5 @@
 """get_peft_model: adapted layers, shared pools, and numbers of the official formula."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Registering RaSA with PEFT, which has a fixed list of methods."""
 
-from __future__ import annotations
-
 import enum
 import importlib
 import json

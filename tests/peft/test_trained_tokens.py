@@ -1,7 +1,5 @@
 """trainable_token_indices under PEFT: PEFT's wrappers and this package's files."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

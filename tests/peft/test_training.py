@@ -1,7 +1,5 @@
 """PEFT models in transformers' Trainer, with adapted linear layers or experts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import PeftModel

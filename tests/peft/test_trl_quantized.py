@@ -1,7 +1,5 @@
 """SFTTrainer over quantized bases: TRL casts all trainable parameters to bfloat16."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import get_peft_model

@@ -4,8 +4,6 @@ All start with the same nonzero adapter, so the logged numbers differ if a train
 model wrongly contains the adapter, or if its policy lacks it.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from pathlib import Path

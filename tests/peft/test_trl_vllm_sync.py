@@ -1,7 +1,5 @@
 """TRL's own sync with a vLLM server: merge, send every weight, unmerge, at every step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

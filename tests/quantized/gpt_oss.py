@@ -1,7 +1,5 @@
 """A tiny gpt-oss with MXFP4 experts, loaded as on a GPU with a stand-in for Triton's kernels."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Packed layouts: numbers, gradients of all layers, memory, merging, files and refusals."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

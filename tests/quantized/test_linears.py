@@ -1,7 +1,5 @@
 """patch_model over quantized bases: forward, backward, files. See test_merge.py for merging."""
 
-from __future__ import annotations
-
 import bitsandbytes
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """merge, unmerge and merge_and_unload over quantized bases: dense weights and a warning."""
 
-from __future__ import annotations
-
 import copy
 import re
 import sys

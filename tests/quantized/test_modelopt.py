@@ -1,7 +1,5 @@
 """Checkpoints of ModelOpt. ``data`` has two that nvidia-modelopt 0.47 wrote, of one layer."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

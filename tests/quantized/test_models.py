@@ -1,7 +1,5 @@
 """Models that transformers quantized on loading: Trainer, and saving a merged model."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """gpt-oss with MXFP4 experts: numbers, gradients of all layers, training, files, refusals."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

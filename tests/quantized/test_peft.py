@@ -1,7 +1,5 @@
 """The PEFT plug-in over quantized bases, with PEFT's quantization backends."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """QRaSA on a real model: train layers of SmolLM2-135M in nf4 a few steps, and check memory."""
 
-from __future__ import annotations
-
 import functools
 
 import gguf

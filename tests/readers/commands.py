@@ -1,7 +1,5 @@
 """Run ``rasa-ext`` and read the commands that its output suggests."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The adapters are random and change log-probabilities by nats, so a lost, scaled,
 adapter fails the tests.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -6,8 +6,6 @@ in advance, with any Python of the version that will run the tests:
     python -m tests.readers.environments [NAME ...]
 """
 
-from __future__ import annotations
-
 import configparser
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Small random models with adapters, one of each family in the GGUF and mlx-lm formats."""
 
-from __future__ import annotations
-
 import torch
 import transformers
 

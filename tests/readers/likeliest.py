@@ -1,7 +1,5 @@
 """Compare the top tokens that servers return after whole and cut prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 COUNT = 50

@@ -6,8 +6,6 @@ One run replaces the whole part of the page between the two marks. If a test fai
 unchanged.
 """
 
-from __future__ import annotations
-
 import datetime
 import re
 import subprocess

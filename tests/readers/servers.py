@@ -1,7 +1,5 @@
 """Start servers by their printed commands, on a free port."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

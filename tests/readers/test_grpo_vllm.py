@@ -1,7 +1,5 @@
 """GRPO with a real vLLM server that receives only the adapter at every step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoTokenizer

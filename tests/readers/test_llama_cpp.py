@@ -1,7 +1,5 @@
 """llama.cpp: its converters, and its server as a library (xllamacpp)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

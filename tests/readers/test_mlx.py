@@ -1,7 +1,5 @@
 """mlx-lm on a CPU: adapters in its format for every family, and the printed server command."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

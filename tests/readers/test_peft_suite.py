@@ -1,7 +1,5 @@
 """PEFT's own tests of custom models, with RaSA in the place of the methods that they list."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """vLLM on a CPU: adapters and the base in one batch, and the printed server command."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.readers.commands import exported

@@ -1,7 +1,5 @@
 """A small network with adapters, and its formula in float64, from the parameters alone."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 

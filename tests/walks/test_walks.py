@@ -4,8 +4,6 @@ After every operation that computes, the output and all gradients equal the form
 parameters of that moment. ``pytest tests/walks --walks 2000`` walks further.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import tempfile

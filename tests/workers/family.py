@@ -4,8 +4,6 @@ torchrun --nproc-per-node 2 tests/workers/family.py DIRECTORY writes DIRECTORY/o
 errors from ``refused`` to DIRECTORY/refused.json.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

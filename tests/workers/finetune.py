@@ -4,8 +4,6 @@ The variable ``INTERRUPT_AFTER`` is the step after which the second process inte
 ``FSDP_VERSION`` makes accelerate shard on CPUs.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

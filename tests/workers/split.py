@@ -5,8 +5,6 @@ been saved by one process in DIRECTORY/base-CASE. The adapter and the results of
 written to DIRECTORY/CASE, the results of ``loaded`` and ``refused`` to DIRECTORY.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

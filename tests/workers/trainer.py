@@ -3,8 +3,6 @@
 accelerate launch ... tests/workers/trainer.py DIRECTORY writes an adapter and the logged losses.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

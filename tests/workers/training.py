@@ -5,8 +5,6 @@ RECIPES that takes it. It writes adapter, losses and gradient norms to DIRECTORY
 the results of ``loaded`` to DIRECTORY.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import sys

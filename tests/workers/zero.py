@@ -4,8 +4,6 @@ torchrun --nproc-per-node 2 tests/workers/zero.py DIRECTORY writes adapter, loss
 norms of every case to DIRECTORY/CASE, or an error to DIRECTORY/CASE.txt.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time
