@@ -122,19 +122,19 @@ def test_a_kernel_that_keeps_its_promise_has_no_faults():
     assert sass.faults(code(GOOD), PROMISE) == []
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "fault"),
-    [
-        ("LDG.E.128", "LDG.E.64", "no load of 128 bits"),
-        ("STG.E.128", "STG.E", "no store of 128 bits"),
-        ("LDG.E.128 R12", "LDG.E.128 R8", "1 load in flight, expected 2"),
-        ("EXIT", "LDL R1, [R2]\nEXIT", "local memory: LDL"),
-        ("EXIT", "STL.64 [R2], R4\nEXIT", "local memory: STL.64"),
-        ("EXIT", "RED.E.ADD.F32 desc[UR4][R2.64], R4\nEXIT", "atomics: RED.E.ADD.F32"),
-        ("EXIT", "ATOMG.E.ADD PT, R4, desc[UR4][R2.64], R4\nEXIT", "atomics: ATOMG.E.ADD"),
-        ("EXIT", "ATOMS.ADD R4, [R2], R4\nEXIT", "atomics: ATOMS.ADD"),
-    ],
-)
+BROKEN = [
+    ("LDG.E.128", "LDG.E.64", "no load of 128 bits"),
+    ("STG.E.128", "STG.E", "no store of 128 bits"),
+    ("LDG.E.128 R12", "LDG.E.128 R8", "1 load in flight, expected 2"),
+    ("EXIT", "LDL R1, [R2]\nEXIT", "local memory: LDL"),
+    ("EXIT", "STL.64 [R2], R4\nEXIT", "local memory: STL.64"),
+    ("EXIT", "RED.E.ADD.F32 desc[UR4][R2.64], R4\nEXIT", "atomics: RED.E.ADD.F32"),
+    ("EXIT", "ATOMG.E.ADD PT, R4, desc[UR4][R2.64], R4\nEXIT", "atomics: ATOMG.E.ADD"),
+    ("EXIT", "ATOMS.ADD R4, [R2], R4\nEXIT", "atomics: ATOMS.ADD"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "fault"), BROKEN)
 def test_a_broken_promise_is_named(old, new, fault):
     assert old in GOOD
     assert any(fault in each for each in sass.faults(code(GOOD.replace(old, new)), PROMISE))
@@ -157,16 +157,16 @@ def test_the_tensor_cores_words_are_asked_for(word):
     assert any(word in each for each in sass.faults(broken, promise))
 
 
-@pytest.mark.parametrize(
-    ("name", "registers", "arch", "count"),
-    [
-        ("down<bf16, 48>", 120, "sm_80", 2),
-        ("down<bf16, 48>", 120, "sm_120", 1),
-        ("grad<half, 96, false>", 120, "sm_90", 2),
-        ("grad<half, 96, true>", 166, "sm_90", 1),
-        ("grad<half, 48, true>", 168, "sm_90", 1),
-    ],
-)
+BLOCKS = [
+    ("down<bf16, 48>", 120, "sm_80", 2),
+    ("down<bf16, 48>", 120, "sm_120", 1),
+    ("grad<half, 96, false>", 120, "sm_90", 2),
+    ("grad<half, 96, true>", 166, "sm_90", 1),
+    ("grad<half, 48, true>", 168, "sm_90", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "registers", "arch", "count"), BLOCKS)
 def test_blocks_by_registers_and_shared_memory(name, registers, arch, count):
     row = sass.Row(name, None, SimpleNamespace(registers=registers), sass.ring_bytes(name))
     assert sass.blocks(row, arch) == count
@@ -193,17 +193,14 @@ def test_a_kernel_without_loops_is_measured_as_a_whole():
     assert sass.in_flight(code(straight), 128) == {"straight": 2}
 
 
-@pytest.mark.parametrize(
-    ("demangled", "short"),
-    [
-        (
-            "void rasa_ext::pack_kernel<float, __nv_bfloat16>(rasa_ext::PackParams)",
-            "pack<float, bf16>",
-        ),
-        ("void rasa_ext::shrink_kernel<__half, 8>(rasa_ext::DecodeParams)", "shrink<half, 8>"),
-        ("rasa_ext::dropout_mask_kernel(unsigned long const*, long)", "dropout_mask"),
-    ],
-)
+NAMES = [
+    ("void rasa_ext::pack_kernel<float, __nv_bfloat16>(rasa_ext::PackParams)", "pack<float, bf16>"),
+    ("void rasa_ext::shrink_kernel<__half, 8>(rasa_ext::DecodeParams)", "shrink<half, 8>"),
+    ("rasa_ext::dropout_mask_kernel(unsigned long const*, long)", "dropout_mask"),
+]
+
+
+@pytest.mark.parametrize(("demangled", "short"), NAMES)
 def test_names_are_short(demangled, short):
     assert sass.short(demangled) == short
 

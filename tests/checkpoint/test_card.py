@@ -181,14 +181,14 @@ def test_ids_on_the_hub(tmp_path, monkeypatch):
     assert hub_id("owner") is None
 
 
-@pytest.mark.parametrize(
-    ("form", "library", "command"),
-    [
-        ("peft", "peft", f"vllm serve {ID} --dtype float32 --enable-lora --max-lora-rank 8"),
-        ("gguf", None, "llama-server -m base.gguf --lora adapter.gguf --cache-ram 0"),
-        ("mlx", "mlx", f"mlx_lm.server --model {ID} --adapter-path ."),
-    ],
-)
+SERVED = [
+    ("peft", "peft", f"vllm serve {ID} --dtype float32 --enable-lora --max-lora-rank 8"),
+    ("gguf", None, "llama-server -m base.gguf --lora adapter.gguf --cache-ram 0"),
+    ("mlx", "mlx", f"mlx_lm.server --model {ID} --adapter-path ."),
+]
+
+
+@pytest.mark.parametrize(("form", "library", "command"), SERVED)
 def test_an_export_says_how_it_is_served(form, library, command, tmp_path):
     rasa_ext.save_adapter(model(), tmp_path / "a", card=rasa_ext.Card(["o/d"], {"Data": "Sums."}))
     told = rasa_ext.Card.read(tmp_path / "a")

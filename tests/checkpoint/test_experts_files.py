@@ -124,16 +124,15 @@ def test_sglang_is_told_of_linear_mlps_that_stand_as_parameters(tmp_path):
     assert "target_parameters" not in config
 
 
-@pytest.mark.parametrize(
-    ("targets", "parameters"),
-    [
-        (["gate_up_proj"], ["gate_up_proj"]),
-        (["down_proj", "q_proj"], ["down_proj"]),
-        (r".*layers\.0\..*", ["0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"]),
-        (r".*layers\.1\.mlp\.experts\.down_proj", ["1.mlp.experts.down_proj"]),
-    ],
-    ids=str,
-)
+SOME = [
+    (["gate_up_proj"], ["gate_up_proj"]),
+    (["down_proj", "q_proj"], ["down_proj"]),
+    (r".*layers\.0\..*", ["0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"]),
+    (r".*layers\.1\.mlp\.experts\.down_proj", ["1.mlp.experts.down_proj"]),
+]
+
+
+@pytest.mark.parametrize(("targets", "parameters"), SOME, ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
     """If only one of two weights is adapted, its keys contain no base_layer."""
@@ -276,15 +275,15 @@ def test_ranks_of_single_weights(tmp_path):
     assert_close(changes_in(tmp_path), {**linear_changes(model), **single("mixtral", model)})
 
 
-@pytest.mark.parametrize(
-    ("layout", "options", "said"),
-    [
-        (3, {}, "expert_layout: expected 'peft' or 'per-expert' or 'shared-outer', got 3"),
-        ("shared-outer", {"experts": "shared", "k": 1}, "expert_layout: .*k = rank"),
-        ("shared-outer", {"experts": "slot", "k": RANK}, "expert_layout: expected experts that"),
-        ("peft", {"experts": None}, "expert_layout: expected a model with adapted experts"),
-    ],
-)
+BAD = [
+    (3, {}, "expert_layout: expected 'peft' or 'per-expert' or 'shared-outer', got 3"),
+    ("shared-outer", {"experts": "shared", "k": 1}, "expert_layout: .*k = rank"),
+    ("shared-outer", {"experts": "slot", "k": RANK}, "expert_layout: expected experts that"),
+    ("peft", {"experts": None}, "expert_layout: expected a model with adapted experts"),
+]
+
+
+@pytest.mark.parametrize(("layout", "options", "said"), BAD)
 @pytest.mark.filterwarnings("ignore:.*stay untouched")
 def test_bad_layouts(layout, options, said, tmp_path):
     model = adapted(base("mixtral"), **options)

@@ -182,16 +182,16 @@ def test_every_format_has_the_chosen_rank(form, tmp_path):
     assert {min(t.shape) for t in (tensors or read_gguf(tmp_path)[1]).values()} == {2}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank: expected at least 1, got 0"),
-        ({"rank": 2.0}, "rank: expected an integer, got 2.0"),
-        ({"rank": True}, "rank: expected an integer, got True"),
-        ({"format": "onnx"}, "format: expected 'peft' or 'gguf' or 'mlx', got 'onnx'"),
-        ({"format": 3}, "format: .*got 3"),
-    ],
-)
+BAD = [
+    ({"rank": 0}, "rank: expected at least 1, got 0"),
+    ({"rank": 2.0}, "rank: expected an integer, got 2.0"),
+    ({"rank": True}, "rank: expected an integer, got True"),
+    ({"format": "onnx"}, "format: expected 'peft' or 'gguf' or 'mlx', got 'onnx'"),
+    ({"format": 3}, "format: .*got 3"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
 def test_options_that_are_none(options, message, tmp_path):
     model = patched(BASE)
     with pytest.raises((ValueError, TypeError), match=message):

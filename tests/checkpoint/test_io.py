@@ -126,16 +126,16 @@ def smaller():
     return model
 
 
-@pytest.mark.parametrize(
-    ("adapted", "other", "said"),
-    [
-        (lambda: patched(LLAMA.build()), lambda: patched(LLAMA.build(), 4, 2), r"k: 2, 1.*unpatch"),
-        (mixture, lambda: mixture("shared"), "experts: 'shared', 'slot'"),
-        (mixture, lambda: experts.model(num_local_experts=6), r"gate_up_proj\.rasa_"),
-        (tied_rows, lambda: tied_rows([1, 2]), r"differs .* trainable_token_indices"),
-        (tied_rows, smaller, "trainable_token_indices: expected indices below 30"),
-    ],
-)
+OTHERS = [
+    (lambda: patched(LLAMA.build()), lambda: patched(LLAMA.build(), 4, 2), r"k: 2, 1.*unpatch"),
+    (mixture, lambda: mixture("shared"), "experts: 'shared', 'slot'"),
+    (mixture, lambda: experts.model(num_local_experts=6), r"gate_up_proj\.rasa_"),
+    (tied_rows, lambda: tied_rows([1, 2]), r"differs .* trainable_token_indices"),
+    (tied_rows, smaller, "trainable_token_indices: expected indices below 30"),
+]
+
+
+@pytest.mark.parametrize(("adapted", "other", "said"), OTHERS)
 def test_another_adapter_or_model(adapted, other, said, tmp_path):
     rasa_ext.save_adapter(adapted(), tmp_path)
     not_loaded(rasa_ext.load_adapter, other(), tmp_path, said)
@@ -289,35 +289,35 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
 CUT = "{}: damaged or cut.* use a complete copy of it, or an earlier checkpoint"
 
 
+DAMAGES = [
+    (_edit(lambda t: t.pop(f"{KEY}A")), rf"missing: {KEY}A"),
+    (_edit(lambda t: t.pop(f"{FIRST}B")), rf"missing: {FIRST}B"),
+    (_edit(lambda t: t.pop("base_model.model.lm_head.weight")), "missing.*lm_head"),
+    (_edit(lambda t: t.update(stray=torch.zeros(1))), "unexpected: stray"),
+    (_edit(lambda t: t.update({f"{KEY}d": torch.zeros(9)})), rf"{KEY}d .*\(6,\).*\(9,\)"),
+    (
+        _edit(lambda t: t.update({f"{KEY}B": t[f"{KEY}B"].T.contiguous()})),
+        rf"{KEY}B \(expected \(12, 3\), got \(3, 12\)\)",
+    ),
+    (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), CUT.format(WEIGHTS)),
+    (lambda d: (d / WEIGHTS).write_bytes(b""), CUT.format(WEIGHTS)),
+    (lambda d: os.truncate(d / WEIGHTS, 700), CUT.format(WEIGHTS)),
+    (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), CUT.format(WEIGHTS)),
+    (lambda d: (d / CONFIG).write_text("{"), CUT.format(CONFIG)),
+    (lambda d: (d / CONFIG).write_text("[" * 100_000), CUT.format(CONFIG)),
+    (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
+    (lambda d: (d / CONFIG).write_text('{"model_type": "llama"}'), "peft_type.*got none"),
+    (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
+    (_config(r=0), "rank.*0"),
+    (_config(r=None), r"\br\b"),
+    (_config(rasa_dropout=7), "dropout.*7"),
+    (lambda d: (d / WEIGHTS).unlink(), WEIGHTS),
+    (lambda d: (d / CONFIG).unlink(), CONFIG),
+]
+
+
 @pytest.mark.parametrize("prepatched", [False, True])
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (_edit(lambda t: t.pop(f"{KEY}A")), rf"missing: {KEY}A"),
-        (_edit(lambda t: t.pop(f"{FIRST}B")), rf"missing: {FIRST}B"),
-        (_edit(lambda t: t.pop("base_model.model.lm_head.weight")), "missing.*lm_head"),
-        (_edit(lambda t: t.update(stray=torch.zeros(1))), "unexpected: stray"),
-        (_edit(lambda t: t.update({f"{KEY}d": torch.zeros(9)})), rf"{KEY}d .*\(6,\).*\(9,\)"),
-        (
-            _edit(lambda t: t.update({f"{KEY}B": t[f"{KEY}B"].T.contiguous()})),
-            rf"{KEY}B \(expected \(12, 3\), got \(3, 12\)\)",
-        ),
-        (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), CUT.format(WEIGHTS)),
-        (lambda d: (d / WEIGHTS).write_bytes(b""), CUT.format(WEIGHTS)),
-        (lambda d: os.truncate(d / WEIGHTS, 700), CUT.format(WEIGHTS)),
-        (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), CUT.format(WEIGHTS)),
-        (lambda d: (d / CONFIG).write_text("{"), CUT.format(CONFIG)),
-        (lambda d: (d / CONFIG).write_text("[" * 100_000), CUT.format(CONFIG)),
-        (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
-        (lambda d: (d / CONFIG).write_text('{"model_type": "llama"}'), "peft_type.*got none"),
-        (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
-        (_config(r=0), "rank.*0"),
-        (_config(r=None), r"\br\b"),
-        (_config(rasa_dropout=7), "dropout.*7"),
-        (lambda d: (d / WEIGHTS).unlink(), WEIGHTS),
-        (lambda d: (d / CONFIG).unlink(), CONFIG),
-    ],
-)
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
 def test_damaged_files_are_refused(damage, said, prepatched, tmp_path):
     """The error names the problem, and the model stays unchanged."""
     options = {"target_modules": ["k_proj", "up_proj"], "modules_to_save": ["lm_head"]}

@@ -126,36 +126,36 @@ REFUSED, OTHER = f"{BIN}: refused", f"{BIN}: expected a dictionary of tensors"
 DENSE = rf"{BIN}: expected dense tensors .*{re.escape(POOL)}"
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (_drop(f"{LAYER}mixing.weight"), f"1 missing: {LAYER}mixing.weight"),
-        (_drop(POOL), f"1 missing: {POOL}"),
-        (_put("base_model.model.model.layers.9.mlp.up_proj.rasa_A.weight"), "layers.9"),
-        (_put("base_model.rasa_shared_A.nothing.weight"), "nothing"),
-        (_put("stray"), "stray"),
-        (_put(f"{LAYER}B.weight", lambda t: t[1:].clone()), rf"{LAYER}B.weight \(.*\(39, 3\)"),
-        (_put(POOL, lambda t: t[1:].clone()), rf"{POOL} \(.*\(2, 24\)"),
-        (_put(POOL, lambda t: t.to_sparse()), DENSE),
-        (_put(POOL, lambda t: t.to("meta")), DENSE),
-        (_put(POOL, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)), DENSE),
-        (_put(POOL, lambda t: torch.zeros(()).expand(1 << 40)), DENSE),
-        (_tensors(lambda t: [1, 2]), OTHER),
-        (_tensors(lambda t: {"a": "text"}), OTHER),
-        (_tensors(lambda t: torch.zeros(2)), OTHER),
-        (_bytes(lambda whole: b""), REFUSED),
-        (_bytes(lambda whole: b"not a pickle"), REFUSED),
-        (_bytes(lambda whole: b"PK\x03\x04 not a zip"), REFUSED),
-        (_bytes(lambda whole: whole[: len(whole) // 2]), REFUSED),
-        (_bytes(_flipped), REFUSED),
-        (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
-        (_config(bias="lora_only"), "bias.*lora_only"),
-        (_config(layers_to_transform=[0, 1]), "layers_to_transform"),
-        (_config(r=None), r"\br\b"),
-        (_config(rasa_k=RANK + 1), r"\bk\b"),
-        (_config(target_modules=["no_such"]), "no_such"),
-    ],
-)
+DAMAGES = [
+    (_drop(f"{LAYER}mixing.weight"), f"1 missing: {LAYER}mixing.weight"),
+    (_drop(POOL), f"1 missing: {POOL}"),
+    (_put("base_model.model.model.layers.9.mlp.up_proj.rasa_A.weight"), "layers.9"),
+    (_put("base_model.rasa_shared_A.nothing.weight"), "nothing"),
+    (_put("stray"), "stray"),
+    (_put(f"{LAYER}B.weight", lambda t: t[1:].clone()), rf"{LAYER}B.weight \(.*\(39, 3\)"),
+    (_put(POOL, lambda t: t[1:].clone()), rf"{POOL} \(.*\(2, 24\)"),
+    (_put(POOL, lambda t: t.to_sparse()), DENSE),
+    (_put(POOL, lambda t: t.to("meta")), DENSE),
+    (_put(POOL, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)), DENSE),
+    (_put(POOL, lambda t: torch.zeros(()).expand(1 << 40)), DENSE),
+    (_tensors(lambda t: [1, 2]), OTHER),
+    (_tensors(lambda t: {"a": "text"}), OTHER),
+    (_tensors(lambda t: torch.zeros(2)), OTHER),
+    (_bytes(lambda whole: b""), REFUSED),
+    (_bytes(lambda whole: b"not a pickle"), REFUSED),
+    (_bytes(lambda whole: b"PK\x03\x04 not a zip"), REFUSED),
+    (_bytes(lambda whole: whole[: len(whole) // 2]), REFUSED),
+    (_bytes(_flipped), REFUSED),
+    (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
+    (_config(bias="lora_only"), "bias.*lora_only"),
+    (_config(layers_to_transform=[0, 1]), "layers_to_transform"),
+    (_config(r=None), r"\br\b"),
+    (_config(rasa_k=RANK + 1), r"\bk\b"),
+    (_config(target_modules=["no_such"]), "no_such"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
 def test_what_is_refused(damage, said, tmp_path):
     """The error names tensors as the file does."""
     write(tmp_path, pickled=True)

@@ -145,20 +145,20 @@ def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
     check_large_field(rasa_ext.RasaConfig(rank=4), field, LARGE[field], tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"rasa_train_A": "no"}, "rasa_train_A"),
-        ({"rank_pattern": [1]}, "rank_pattern"),
-        ({"rank_pattern": {"a": [1]}}, r"rank_pattern .*got \[1\]"),
-        ({"rank_pattern": {"a": 1.5}}, "rank_pattern .*got 1.5"),
-        ({"rasa_alpha": 10**400}, "rasa_alpha"),
-        ({"rasa_method": ["lora"]}, "rasa_method"),
-        ({"rasa_groups": {"a": 3}}, "groups"),
-        ({"rasa_groups": [3]}, "groups.*the item 3"),
-        ({"target_modules": "(a+"}, "target_modules"),
-    ],
-)
+WRONG = [
+    ({"rasa_train_A": "no"}, "rasa_train_A"),
+    ({"rank_pattern": [1]}, "rank_pattern"),
+    ({"rank_pattern": {"a": [1]}}, r"rank_pattern .*got \[1\]"),
+    ({"rank_pattern": {"a": 1.5}}, "rank_pattern .*got 1.5"),
+    ({"rasa_alpha": 10**400}, "rasa_alpha"),
+    ({"rasa_method": ["lora"]}, "rasa_method"),
+    ({"rasa_groups": {"a": 3}}, "groups"),
+    ({"rasa_groups": [3]}, "groups.*the item 3"),
+    ({"target_modules": "(a+"}, "target_modules"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), WRONG)
 def test_a_config_of_wrong_values(fields, said, tmp_path):
     config = rasa_ext.RasaConfig() if "rank_pattern" in fields else LoraConfig()
     rasa_ext.save_adapter(rasa_ext.patch_model(LLAMA.build(), config=config), tmp_path)

@@ -22,18 +22,18 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [
-        (errno.ENOSPC, r"no space left on device \([\d,.]+ MiB are free\).*free some space"),
-        (errno.EDQUOT, "quota"),
-        (errno.EROFS, "read-only file system; .*choose another folder"),
-        (errno.EACCES, "permission denied; .*change the permissions"),
-        (errno.EPERM, "operation not permitted; .*change the permissions"),
-        (errno.EFBIG, "too large.*ulimit -f"),
-        (errno.EIO, "input/output error; .*choose another folder"),
-    ],
-)
+ERRORS = [
+    (errno.ENOSPC, r"no space left on device \([\d,.]+ MiB are free\).*free some space"),
+    (errno.EDQUOT, "quota"),
+    (errno.EROFS, "read-only file system; .*choose another folder"),
+    (errno.EACCES, "permission denied; .*change the permissions"),
+    (errno.EPERM, "operation not permitted; .*change the permissions"),
+    (errno.EFBIG, "too large.*ulimit -f"),
+    (errno.EIO, "input/output error; .*choose another folder"),
+]
+
+
+@pytest.mark.parametrize(("number", "said"), ERRORS)
 def test_one_sentence_for_what_the_system_refuses(number, said, tmp_path):
     with (
         pytest.raises(WriteError, match=f"{tmp_path}.*{said}") as caught,

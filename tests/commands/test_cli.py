@@ -188,20 +188,20 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp
     assert (used["k"], used["dropout"], used["grad_accum"]) == (None, 0.0, 1)  # defaults
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("k: 1\nrnak: 4", r"run.yaml: unknown key 'rnak'; did you mean 'rank'\?"),
-        ("lora_r: 4", r"unknown key 'lora_r'; did you mean 'rank'\?"),
-        ("zebra: 4", r"unknown key 'zebra'; known are model, data, output"),
-        ("config: other.yaml", r"unknown key 'config'"),
-        ("- rank", r"expected a mapping of option names to values, got list"),
-        ("a: b: c", r"expected YAML, but it does not parse"),
-        ("rank: [1, 2]", "Invalid value for '--rank'"),
-        ("rank: 2.5", "Invalid value for '--rank'"),
-        ("packing: some", "Invalid value for '--packing'"),
-    ],
-)
+BAD_FILES = [
+    ("k: 1\nrnak: 4", r"run.yaml: unknown key 'rnak'; did you mean 'rank'\?"),
+    ("lora_r: 4", r"unknown key 'lora_r'; did you mean 'rank'\?"),
+    ("zebra: 4", r"unknown key 'zebra'; known are model, data, output"),
+    ("config: other.yaml", r"unknown key 'config'"),
+    ("- rank", r"expected a mapping of option names to values, got list"),
+    ("a: b: c", r"expected YAML, but it does not parse"),
+    ("rank: [1, 2]", "Invalid value for '--rank'"),
+    ("rank: 2.5", "Invalid value for '--rank'"),
+    ("packing: some", "Invalid value for '--packing'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
 def test_a_bad_config_file_names_the_key(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
@@ -229,26 +229,26 @@ def test_a_name_of_trl_s_stands_for_ours():
     assert "epochs: expected a number above 0" in text
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("merge nowhere -o o", "adapter: expected an adapter's directory, but nowhere does"),
-        ("inspect data.jsonl", "expected an adapter's directory, but data.jsonl is a file. To"),
-        ("merge tuned -o o", "tuned/adapter_config.json names this base; pass --mode"),
-        ("import-lora data.jsonl -o o", "lora: expected an adapter's directory, but data"),
-        ("generate tuned --temperature nan", "temperature: expected at least 0, got nan"),
-        ("generate tuned --max-new-tokens 0", "max_new_tokens: expected at least 1, got 0"),
-        ("generate tuned hello", "prompt: expected --prompt with several models"),
-        ("generate tuned --prompt x --dtype int4", "bfloat16, float16, got 'int4'."),
-        ("generate ./none --prompt x", "model: the directory ./none does not exist"),
-        ("evaluate base --data data.jsonl --show -1", "show: expected at least 0, got -1"),
-        ("evaluate base --data data.jsonl --limit 0", "limit: expected at least 1, got 0"),
-        ("evaluate base --data no.jsonl", "data set, but no.jsonl does not exist"),
-        ("push tuned a/b/c --dry-run", "repository: expected owner/name, got 'a/b/c': "),
-        ("push base me/x --dry-run", "directory: expected an adapter's or a LoRA's, but"),
-        ("demo --seed -1", "seed: expected an integer from 0 to 2**32 - 1, got -1"),
-    ],
-)
+ERRORS = [
+    ("merge nowhere -o o", "adapter: expected an adapter's directory, but nowhere does"),
+    ("inspect data.jsonl", "expected an adapter's directory, but data.jsonl is a file. To"),
+    ("merge tuned -o o", "tuned/adapter_config.json names this base; pass --mode"),
+    ("import-lora data.jsonl -o o", "lora: expected an adapter's directory, but data"),
+    ("generate tuned --temperature nan", "temperature: expected at least 0, got nan"),
+    ("generate tuned --max-new-tokens 0", "max_new_tokens: expected at least 1, got 0"),
+    ("generate tuned hello", "prompt: expected --prompt with several models"),
+    ("generate tuned --prompt x --dtype int4", "bfloat16, float16, got 'int4'."),
+    ("generate ./none --prompt x", "model: the directory ./none does not exist"),
+    ("evaluate base --data data.jsonl --show -1", "show: expected at least 0, got -1"),
+    ("evaluate base --data data.jsonl --limit 0", "limit: expected at least 1, got 0"),
+    ("evaluate base --data no.jsonl", "data set, but no.jsonl does not exist"),
+    ("push tuned a/b/c --dry-run", "repository: expected owner/name, got 'a/b/c': "),
+    ("push base me/x --dry-run", "directory: expected an adapter's or a LoRA's, but"),
+    ("demo --seed -1", "seed: expected an integer from 0 to 2**32 - 1, got -1"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), ERRORS)
 def test_errors_are_one_sentence_and_exit_code_1(
     monkeypatch, tmp_path, base, tuned, words, message
 ):
@@ -285,16 +285,15 @@ def with_code(base, tuned, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "merge {tuned} --model {code}/base --output {out}",
-        "generate {code}/tokenizer --prompt x",
-        "finetune --model {code}/base --data {data} --output {out}",
-        "inspect --model {code}/base",
-    ],
-    ids=lambda words: words.split()[0],
-)
+WITH_CODE = [
+    "merge {tuned} --model {code}/base --output {out}",
+    "generate {code}/tokenizer --prompt x",
+    "finetune --model {code}/base --data {data} --output {out}",
+    "inspect --model {code}/base",
+]
+
+
+@pytest.mark.parametrize("words", WITH_CODE, ids=lambda words: words.split()[0])
 def test_code_that_comes_with_a_model_is_not_run(words, with_code, tuned, tmp_path):
     data, output = write_jsonl(tmp_path / "train.jsonl", sums(4)), str(tmp_path / "out")
     places = {"tuned": tuned, "code": with_code, "data": data, "out": output}

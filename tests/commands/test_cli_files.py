@@ -137,15 +137,15 @@ def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "out/x: cannot be written"),
-        (RuntimeError("basic_ios::clear: iostream error"), "the disk may be full"),
-        (PermissionError(errno.EACCES, "Permission denied", "base"), "base: permission denied."),
-        (ImportError("You need to install galore"), "Error: You need to install galore"),
-    ],
-)
+UNEXPECTED = [
+    (OSError(errno.ENOSPC, "No space left on device", "out/x"), "out/x: cannot be written"),
+    (RuntimeError("basic_ios::clear: iostream error"), "the disk may be full"),
+    (PermissionError(errno.EACCES, "Permission denied", "base"), "base: permission denied."),
+    (ImportError("You need to install galore"), "Error: You need to install galore"),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), UNEXPECTED)
 def test_what_no_command_expected(error, said, monkeypatch):
     """Such errors come, for example, from Trainer writing a checkpoint."""
 

@@ -112,14 +112,14 @@ def test_without_the_template_both_texts_are_joined_as_they_stand(tmp_path):
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (LOOPS, "more than 0.2 s"),
-        ("{{ ().__class__.__base__.__subclasses__() }}", "access to attribute"),
-        ("{{ 'x' * 10**15 }}", "MemoryError"),
-    ],
-)
+TEMPLATES = [
+    (LOOPS, "more than 0.2 s"),
+    ("{{ ().__class__.__base__.__subclasses__() }}", "access to attribute"),
+    ("{{ 'x' * 10**15 }}", "MemoryError"),
+]
+
+
+@pytest.mark.parametrize(("template", "said"), TEMPLATES)
 def test_templates_that_do_not_end_or_break_in_are_refused(template, said, monkeypatch):
     monkeypatch.setattr(data, "SECONDS", 0.2)
     before = signal.getsignal(signal.SIGALRM)
@@ -265,13 +265,13 @@ def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
     assert read_examples(str(path)) == [pair("a", "b")] * 2
 
 
-@pytest.mark.parametrize(
-    ("row", "prompt"),
-    [
-        ({"asked": "Add.", "given": "2, 2"}, "Add.\n\n2, 2"),
-        ({"asked": "Add 2 and 2.", "given": ""}, "Add 2 and 2."),
-    ],
-)
+FIELDS = [
+    ({"asked": "Add.", "given": "2, 2"}, "Add.\n\n2, 2"),
+    ({"asked": "Add 2 and 2.", "given": ""}, "Add 2 and 2."),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt"), FIELDS)
 @pytest.mark.parametrize("comma", [", ", ","])
 def test_fields_of_other_names(row, prompt, comma, tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [{**row, "answer": "4"}])
@@ -330,25 +330,25 @@ def test_plain_text_stays_apart_from_questions_and_answers():
         data.questions([{"text": "a"}], make_tokenizer(), True)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("d.json", '[{"text": "a"},\n{"text" "b"}]', r"json in UTF-8, .*: line 2 column 9"),
-        ("d.json", '[{"text": "a"}, 3]', "d.json, row 1: expected an object .*, got 3."),
-        ("d.json", '{"text": 3}', "d.json, line 1: expected an object"),
-        ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected an object"),
-        ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected an object"),
-        ("d.csv", 'prompt,completion\na,"b', r"csv in UTF-8, .*: unexpected end of data"),
-        ("d.csv", "prompt,completion\n", "expected at least one example"),
-        ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
-        ("d.txt", "\n \n", "expected at least one example"),
-        ("d.jsonl", "", "got an empty file"),
-        ("missing.jsonl", None, r"data: expected a file .*missing\.jsonl does not exist"),
-        ("", None, "is a directory"),
-        ("some/set", None, "'some/set' is neither a file nor a hub data set that can be loaded"),
-        ("d.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}\n', "line 2: expected an object"),
-    ],
-)
+BAD_FILES = [
+    ("d.json", '[{"text": "a"},\n{"text" "b"}]', r"json in UTF-8, .*: line 2 column 9"),
+    ("d.json", '[{"text": "a"}, 3]', "d.json, row 1: expected an object .*, got 3."),
+    ("d.json", '{"text": 3}', "d.json, line 1: expected an object"),
+    ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected an object"),
+    ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected an object"),
+    ("d.csv", 'prompt,completion\na,"b', r"csv in UTF-8, .*: unexpected end of data"),
+    ("d.csv", "prompt,completion\n", "expected at least one example"),
+    ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
+    ("d.txt", "\n \n", "expected at least one example"),
+    ("d.jsonl", "", "got an empty file"),
+    ("missing.jsonl", None, r"data: expected a file .*missing\.jsonl does not exist"),
+    ("", None, "is a directory"),
+    ("some/set", None, "'some/set' is neither a file nor a hub data set that can be loaded"),
+    ("d.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}\n', "line 2: expected an object"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
 def test_files_that_do_not_parse_or_are_none(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -29,11 +29,7 @@ from tests.helpers.finetuning import (
     run,
 )
 from tests.helpers.quantized import quantized
-from tests.helpers.tiny_lm import (
-    CHATML,
-    make_model,
-    write_jsonl,
-)
+from tests.helpers.tiny_lm import CHATML, make_model, write_jsonl
 
 
 def test_a_run_learns_and_leaves_its_files(options, files):
@@ -207,58 +203,58 @@ def test_float16_without_a_gpu_is_refused(options):
         run(options, dtype="float16")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"max_steps": 0}, "max_steps: "),
-        ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
-        ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
-        ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
-        ({"k": 9}, "k: expected 0 <= k <= rank"),
-        ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
-        ({"target_modules": "q_projection"}, "target_modules: "),
-        ({"target_modules": ","}, "target_modules: "),
-        ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
-        ({"eval_steps": 5}, "eval_steps: expected eval_data"),
-        ({"eval_steps": 0}, "eval_steps: "),
-        ({"save_steps": -1}, "save_steps: "),
-        ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf"),
-        ({"seed": -1}, "seed: "),
-        ({"weight_decay": float("nan")}, "weight_decay: "),
-        ({"eval_data": "."}, "eval_data: expected a file"),
-        ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
-        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: "),
-        ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}"),
-        ({"modules_to_save": "pigeon"}, "modules_to_save: "),
-        ({"method": "elora"}, "method: expected "),
-        ({"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
-        ({"experts": "slot"}, "experts: expected a model with stacked experts"),
-        ({"method": "lora", "k": 0}, "k: expected none with the method 'lora', got 0"),
-        ({"method": "lora", "method_options": "blocks: 2"}, "blocks: expected none with the metho"),
-        ({"method": "lora", "method_options": "}"}, "method_options: expected YAML such as"),
-        *(
-            ({"training_arguments": given}, message)
-            for given, message in {
-                "pigeon": "training_arguments: expected YAML such as",
-                "pigeon: 1": "training_arguments: SFTConfig has no pigeon.",
-                "max_grad_nrm: 1": "no max_grad_nrm; did you mean max_grad_norm?",
-                "max_grad_norm: one": "max_grad_norm: expected a number, got 'one'",
-                "report_to: pigeon": "report_to: expected installed integrations (",
-                "chat_template_path: x": "chat_template_path: expected a .jinja file, got 'x'",
-                "deepspeed: no.json": "training_arguments: ",
-                "bf16: true": "bf16 is set by the option dtype",
-                "learning_rate: 1": "learning_rate is set by the option lr",
-                "activation_checkpointing: true": "is set by the option gradient_checkpointing",
-                "warmup_steps: 9": "warmup_steps is set by the option warmup",
-                "eval_packing: true": "eval_packing is set by the command",
-                "logging_strategy: epoch": "logging_strategy is set by the command",
-                "dataset_text_field: answer": "dataset_text_field is set by the command",
-                "model_init_kwargs: {a: b}": "model_init_kwargs is set by the command",
-            }.items()
-        ),
-    ],
-)
+BAD_OPTIONS = [
+    ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+    ({"max_steps": 0}, "max_steps: "),
+    ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
+    ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
+    ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
+    ({"k": 9}, "k: expected 0 <= k <= rank"),
+    ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
+    ({"target_modules": "q_projection"}, "target_modules: "),
+    ({"target_modules": ","}, "target_modules: "),
+    ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
+    ({"eval_steps": 5}, "eval_steps: expected eval_data"),
+    ({"eval_steps": 0}, "eval_steps: "),
+    ({"save_steps": -1}, "save_steps: "),
+    ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf"),
+    ({"seed": -1}, "seed: "),
+    ({"weight_decay": float("nan")}, "weight_decay: "),
+    ({"eval_data": "."}, "eval_data: expected a file"),
+    ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
+    ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: "),
+    ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}"),
+    ({"modules_to_save": "pigeon"}, "modules_to_save: "),
+    ({"method": "elora"}, "method: expected "),
+    ({"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
+    ({"experts": "slot"}, "experts: expected a model with stacked experts"),
+    ({"method": "lora", "k": 0}, "k: expected none with the method 'lora', got 0"),
+    ({"method": "lora", "method_options": "blocks: 2"}, "blocks: expected none with the metho"),
+    ({"method": "lora", "method_options": "}"}, "method_options: expected YAML such as"),
+    *(
+        ({"training_arguments": given}, message)
+        for given, message in {
+            "pigeon": "training_arguments: expected YAML such as",
+            "pigeon: 1": "training_arguments: SFTConfig has no pigeon.",
+            "max_grad_nrm: 1": "no max_grad_nrm; did you mean max_grad_norm?",
+            "max_grad_norm: one": "max_grad_norm: expected a number, got 'one'",
+            "report_to: pigeon": "report_to: expected installed integrations (",
+            "chat_template_path: x": "chat_template_path: expected a .jinja file, got 'x'",
+            "deepspeed: no.json": "training_arguments: ",
+            "bf16: true": "bf16 is set by the option dtype",
+            "learning_rate: 1": "learning_rate is set by the option lr",
+            "activation_checkpointing: true": "is set by the option gradient_checkpointing",
+            "warmup_steps: 9": "warmup_steps is set by the option warmup",
+            "eval_packing: true": "eval_packing is set by the command",
+            "logging_strategy: epoch": "logging_strategy is set by the command",
+            "dataset_text_field: answer": "dataset_text_field is set by the command",
+            "model_init_kwargs: {a: b}": "model_init_kwargs is set by the command",
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_OPTIONS)
 def test_bad_options_name_themselves_before_a_model_is_loaded(
     options, change, message, monkeypatch
 ):
@@ -268,16 +264,16 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
     assert not Path(options.output).exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "path", "message"),
-    [
-        ("data", "no.csv", "data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or a hub"),
-        ("model", "./no", "model: the directory ./no does not exist"),
-        ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),
-        ("rank-pattern", "no.json", "rank_pattern: the file no.json does not exist"),
-        ("output", "file", "output: expected a folder, but file is a file"),
-    ],
-)
+BAD_PATHS = [
+    ("data", "no.csv", "data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or a hub"),
+    ("model", "./no", "model: the directory ./no does not exist"),
+    ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),
+    ("rank-pattern", "no.json", "rank_pattern: the file no.json does not exist"),
+    ("output", "file", "output: expected a folder, but file is a file"),
+]
+
+
+@pytest.mark.parametrize(("option", "path", "message"), BAD_PATHS)
 def test_paths_are_checked_before_torch_is_imported(option, path, message, options, tmp_path):
     (tmp_path / "file").touch()
     given = {"model": options.model, "data": options.data, option: path}

@@ -98,16 +98,16 @@ def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path):
     assert "| target_modules |" not in card  # only a new adapter has this option
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rank": 4}, "rank: expected none with init_adapter, since the adapter in"),
-        ({"method": "lora"}, "method: expected none with init_adapter, .*, got 'lora'"),
-        ({"modules_to_save": "norm"}, "modules_to_save: expected none with init_adapter"),
-        ({"init_adapter": "base"}, "init_adapter: expected an adapter's directory, but .*base hol"),
-        ({"init_adapter": "none"}, "init_adapter: expected an adapter's directory, but .*none doe"),
-    ],
-)
+OWN = [
+    ({"rank": 4}, "rank: expected none with init_adapter, since the adapter in"),
+    ({"method": "lora"}, "method: expected none with init_adapter, .*, got 'lora'"),
+    ({"modules_to_save": "norm"}, "modules_to_save: expected none with init_adapter"),
+    ({"init_adapter": "base"}, "init_adapter: expected an adapter's directory, but .*base hol"),
+    ({"init_adapter": "none"}, "init_adapter: expected an adapter's directory, but .*none doe"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OWN)
 def test_options_that_an_adapter_has_of_its_own(change, message, folder, options, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):

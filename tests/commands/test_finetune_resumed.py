@@ -29,11 +29,7 @@ from tests.helpers.finetuning import (
     small_options,
 )
 from tests.helpers.processes import torchrun
-from tests.helpers.tiny_lm import (
-    make_model,
-    sums,
-    write_jsonl,
-)
+from tests.helpers.tiny_lm import make_model, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")

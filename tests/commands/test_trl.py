@@ -106,15 +106,15 @@ def test_options_of_a_method_and_of_a_file(folder, forked_python):
     assert (config["rasa_method"], config["r"], config["rasa_rslora"]) == ("lora", 2, True)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--lora_r 8", "--lora_r: expected --r"),
-        ("--lora_alpha 8", "--lora_alpha: expected --rasa_alpha"),
-        ("--use_peft", "--use_peft: leave it out"),
-        ("--rasa_k 9", "rasa_k"),
-    ],
-)
+REFUSED = [
+    ("--lora_r 8", "--lora_r: expected --r"),
+    ("--lora_alpha 8", "--lora_alpha: expected --rasa_alpha"),
+    ("--use_peft", "--use_peft: leave it out"),
+    ("--rasa_k 9", "rasa_k"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
 def test_what_is_refused_before_a_process_starts(words, said, folder, forked_python):
     given = arguments("sft", folder, "refused", *words.split())
     with pytest.raises(AssertionError, match=re.escape(said)):

@@ -26,16 +26,16 @@ def test_the_readme_s_two_commands_are_found():
     assert found["tests"].startswith('pip install ".[test]" && ')
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("## Two commands", "## Commands", 'expected a section "## Two commands"'),
-        ("\nThe tests:\n", "```bash\nls\n```\n", "expected two commands"),
-        ("rasa-ext demo\n```", "rasa-ext demo\nls\n```", "expected two commands"),
-        ("&& rasa-ext demo", "&& rasa-ext env", "installs and then runs rasa-ext demo"),
-        ('```bash\npip install ".[test]" && ', "```bash\n", "installs and then runs pytest"),
-    ],
-)
+READMES = [
+    ("## Two commands", "## Commands", 'expected a section "## Two commands"'),
+    ("\nThe tests:\n", "```bash\nls\n```\n", "expected two commands"),
+    ("rasa-ext demo\n```", "rasa-ext demo\nls\n```", "expected two commands"),
+    ("&& rasa-ext demo", "&& rasa-ext env", "installs and then runs rasa-ext demo"),
+    ('```bash\npip install ".[test]" && ', "```bash\n", "installs and then runs pytest"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), READMES)
 def test_a_readme_without_them_is_refused(old, new, message):
     assert old in README
     with pytest.raises(SystemExit, match=message):
@@ -109,16 +109,16 @@ def test_notes_are_the_section_of_the_version(tree):
     assert notes("v0.2.0", tree) == "- first"
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new", "message"),
-    [
-        ("rasa_ext/_version.py", "0.2.0", "0.3.0", r"expected v0\.3\.0, the version of rasa_ext"),
-        ("CITATION.cff", "0.2.0", "0.1.0", r"expected v0\.1\.0, the version of CITATION"),
-        ("CHANGELOG.md", "(2026-12-01)", "(unreleased)", r"got '## 0\.2\.0 \(unreleased\)'"),
-        ("CHANGELOG.md", "## 0.2.0", "## 0.2.1", r"expected '## 0\.2\.0 \(YYYY-MM-DD\)'"),
-        ("CHANGELOG.md", "## ", "### ", "got 'none'"),
-    ],
-)
+UNFIT = [
+    ("rasa_ext/_version.py", "0.2.0", "0.3.0", r"expected v0\.3\.0, the version of rasa_ext"),
+    ("CITATION.cff", "0.2.0", "0.1.0", r"expected v0\.1\.0, the version of CITATION"),
+    ("CHANGELOG.md", "(2026-12-01)", "(unreleased)", r"got '## 0\.2\.0 \(unreleased\)'"),
+    ("CHANGELOG.md", "## 0.2.0", "## 0.2.1", r"expected '## 0\.2\.0 \(YYYY-MM-DD\)'"),
+    ("CHANGELOG.md", "## ", "### ", "got 'none'"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "message"), UNFIT)
 def test_what_does_not_fit_the_tag_is_refused(tree, name, old, new, message):
     text = (tree / name).read_text()
     assert old in text

@@ -92,16 +92,16 @@ def test_two_launches_of_decode_whatever_the_size(kernels, tokens):
     torch.testing.assert_close(y, x @ Ap.t() @ Bp, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "rank", "down", "grad", "count"),
-    [
-        (600, 48, True, False, 2),
-        (600, 48, False, True, 2),
-        (60, 48, False, True, 1),  # one group of tokens
-        (600, 96, True, True, 2),
-        (600, 112, True, True, 3),
-    ],
-)
+PRODUCTS = [
+    (600, 48, True, False, 2),
+    (600, 48, False, True, 2),
+    (60, 48, False, True, 1),  # one group of tokens
+    (600, 96, True, True, 2),
+    (600, 112, True, True, 3),
+]
+
+
+@pytest.mark.parametrize(("tokens", "rank", "down", "grad", "count"), PRODUCTS)
 def test_launches_of_skinny_products(kernels, tokens, rank, down, grad, count):
     S, P, Q = (torch.randn(n).bfloat16() for n in (tokens * 64, rank * 64, tokens * rank))
     D, C = torch.empty(tokens, rank).bfloat16(), torch.empty(rank, 64)

@@ -91,17 +91,17 @@ def test_the_mask_comes_from_both_words(host):
     assert host.ops.dropout(torch.tensor([1, 2]), x[:0], 0.25).shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": torch.ones(7, 8)}, r"low_rank_linear: weight: .*\(\*, 9\), got shape \(7, 8\)"),
-        ({"weight": torch.ones(7, 9).half()}, r"weight: expected the dtype of x, float32, got fl"),
-        ({"Ap": torch.ones(9)}, r"Ap: expected shape \(\*, 9\), got shape \(9\)"),
-        ({"Bp": torch.ones(4, 7)}, r"Bp: expected shape \(3, 7\), got shape \(4, 7\)"),
-        ({"bias": torch.ones(6)}, r"bias: expected shape \(7\), got shape \(6\)"),
-        ({"x": torch.ones(2, 5, 9)}, r"x: expected shape \(\*, \*\), got shape \(2, 5, 9\)"),
-    ],
-)
+BAD = [
+    ({"weight": torch.ones(7, 8)}, r"low_rank_linear: weight: .*\(\*, 9\), got shape \(7, 8\)"),
+    ({"weight": torch.ones(7, 9).half()}, r"weight: expected the dtype of x, float32, got fl"),
+    ({"Ap": torch.ones(9)}, r"Ap: expected shape \(\*, 9\), got shape \(9\)"),
+    ({"Bp": torch.ones(4, 7)}, r"Bp: expected shape \(3, 7\), got shape \(4, 7\)"),
+    ({"bias": torch.ones(6)}, r"bias: expected shape \(7\), got shape \(6\)"),
+    ({"x": torch.ones(2, 5, 9)}, r"x: expected shape \(\*, \*\), got shape \(2, 5, 9\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
 def test_refusals(host, change, message):
     tensors = draw((5, 9, 7, 3), torch.float32, "cpu")
     args = dict(zip(("x", "weight", "bias", "Ap", "Bp"), tensors, strict=False))
@@ -109,13 +109,13 @@ def test_refusals(host, change, message):
         host.ops.low_rank_linear(*(args | change).values())
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(5, dtype=torch.uint8), r"mask: expected shape \(6\), got shape \(5\)"),
-        (torch.ones(6), "mask: expected Byte, got Float"),
-    ],
-)
+BAD_MASKS = [
+    (torch.ones(5, dtype=torch.uint8), r"mask: expected shape \(6\), got shape \(5\)"),
+    (torch.ones(6), "mask: expected Byte, got Float"),
+]
+
+
+@pytest.mark.parametrize(("mask", "message"), BAD_MASKS)
 def test_refusals_of_a_mask(host, mask, message):
     x, weight, _, Ap, Bp, grad, U = draw((5, 9, 7, 3), torch.float32, "cpu")
     with pytest.raises(RuntimeError, match=f"low_rank_linear: {message}"):

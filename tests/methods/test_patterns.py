@@ -66,17 +66,17 @@ def test_a_pattern_that_takes_too_long_is_refused_over_all_names_together():
     assert time.thread_time() - began < 3
 
 
-@pytest.mark.parametrize(
-    ("pattern", "said"),
-    [
-        ("(", "missing"),
-        ("a{99999999999999}", "10000 counted repetitions"),
-        ("((a{1000}){1000}){1000}", "10000 counted repetitions"),
-        ("((a{2,1000}){1000}){9}", "10000 counted repetitions"),
-        (5000 * "(" + 5000 * ")", "recursion"),
-        (100_001 * "a", "at most 100000 characters"),
-    ],
-)
+NONE = [
+    ("(", "missing"),
+    ("a{99999999999999}", "10000 counted repetitions"),
+    ("((a{1000}){1000}){1000}", "10000 counted repetitions"),
+    ("((a{2,1000}){1000}){9}", "10000 counted repetitions"),
+    (5000 * "(" + 5000 * ")", "recursion"),
+    (100_001 * "a", "at most 100000 characters"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "said"), NONE)
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
 def test_what_is_none_is_refused_by_the_name_of_the_field(pattern, said, field):
     value = {pattern: 4} if field == "rank_pattern" else pattern

@@ -53,18 +53,18 @@ def test_ranks_by_pattern():
     assert "6-10" in str(rasa_ext.summary(model))
 
 
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: methods.LoraConfig(train_A="no"), "train_A: expected True or False, got 'no'"),
-        (lambda: methods.LoraConfig(rslora=1), "rslora: expected True or False, got 1"),
-        (lambda: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern: expected ranks"),
-        (lambda: methods.RasaConfig(rank_pattern={4: 4}), "rank_pattern: expected patterns"),
-        (lambda: methods.RasaConfig(rank_pattern=[4]), "rank_pattern: expected a mapping"),
-        (lambda: methods.LoraConfig.from_dict({"peft_type": "RASA"}), "rasa_method"),
-        (lambda: methods.LoraConfig(experts="shared"), "experts: expected None or 'own'"),
-    ],
-)
+BAD = [
+    (lambda: methods.LoraConfig(train_A="no"), "train_A: expected True or False, got 'no'"),
+    (lambda: methods.LoraConfig(rslora=1), "rslora: expected True or False, got 1"),
+    (lambda: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern: expected ranks"),
+    (lambda: methods.RasaConfig(rank_pattern={4: 4}), "rank_pattern: expected patterns"),
+    (lambda: methods.RasaConfig(rank_pattern=[4]), "rank_pattern: expected a mapping"),
+    (lambda: methods.LoraConfig.from_dict({"peft_type": "RASA"}), "rasa_method"),
+    (lambda: methods.LoraConfig(experts="shared"), "experts: expected None or 'own'"),
+]
+
+
+@pytest.mark.parametrize(("make", "named"), BAD)
 def test_bad_input(make, named):
     with pytest.raises((ValueError, TypeError), match=named):
         make()

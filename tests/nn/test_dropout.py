@@ -6,13 +6,7 @@ from torch import Tensor, nn
 
 from rasa_ext.nn import functional
 from tests.helpers import oracle
-from tests.helpers.adapters import (
-    adapter_of,
-    adapters,
-    assert_matches_oracle,
-    observe,
-    patched,
-)
+from tests.helpers.adapters import adapter_of, adapters, assert_matches_oracle, observe, patched
 from tests.helpers.models import CHECKPOINTED, SEQUENTIAL
 from tests.helpers.operators import P, drop, unpacked
 

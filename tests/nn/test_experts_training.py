@@ -159,15 +159,14 @@ def test_copies(grouping, copied):
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "backend"),
-    [
-        ("gpt_oss", torch.bfloat16, "aot_eager"),
-        ("nemotron_h", torch.float32, "aot_eager"),
-        ("mixtral", torch.bfloat16, "inductor"),
-    ],
-    ids=str,
-)
+COMPILED = [
+    ("gpt_oss", torch.bfloat16, "aot_eager"),
+    ("nemotron_h", torch.float32, "aot_eager"),
+    ("mixtral", torch.bfloat16, "inductor"),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "backend"), COMPILED, ids=str)
 def test_compile(family, dtype, backend):
     """Experts compile as one graph, with and without grad, and read changed parameters."""
     torch._dynamo.reset()

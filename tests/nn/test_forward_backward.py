@@ -84,15 +84,15 @@ def test_input_shapes(shape, bias, mode):
         assert layer.A.grad.shape == layer.A.shape
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.transpose(0, 1),
-        lambda x: x[:, ::2],
-        lambda x: x[:1].expand(5, -1, -1),
-        lambda x: x.flip(-1)[..., :],
-    ],
-)
+VIEWS = [
+    lambda x: x.transpose(0, 1),
+    lambda x: x[:, ::2],
+    lambda x: x[:1].expand(5, -1, -1),
+    lambda x: x.flip(-1)[..., :],
+]
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_views_of_inputs_and_gradients(view):
     base, layer = layer_case()
     storage = torch.randn(4, 6, 9, dtype=torch.float64, requires_grad=True)

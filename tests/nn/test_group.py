@@ -58,17 +58,17 @@ def test_a_second_derivative_is_refused(device):
         first.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("place", "name", "change"),
-    [
-        (0, "x", lambda x: x[0]),
-        (0, "x", lambda x: x[:0]),
-        (1, "weights", lambda weights: weights[:2]),
-        (2, "bias", lambda bias: bias[:1]),
-        (3, "A", lambda A: [*A, A[0]]),
-        (7, "d", lambda d: d[:2]),
-    ],
-)
+LENGTHS = [
+    (0, "x", lambda x: x[0]),
+    (0, "x", lambda x: x[:0]),
+    (1, "weights", lambda weights: weights[:2]),
+    (2, "bias", lambda bias: bias[:1]),
+    (3, "A", lambda A: [*A, A[0]]),
+    (7, "d", lambda d: d[:2]),
+]
+
+
+@pytest.mark.parametrize(("place", "name", "change"), LENGTHS)
 def test_lists_of_other_lengths_are_refused(place, name, change):
     args = Case().args()
     args[place] = change(args[place])

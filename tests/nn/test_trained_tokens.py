@@ -177,9 +177,7 @@ def test_values_given_after_the_meta_device():
     """Row indices survive ``to_empty``, although no state dict contains them."""
     model = tied()
     with torch.device("meta"):
-        empty = nn.Sequential(
-            TrainedTokens(nn.Embedding(12, 6, **ALL), IDS, torch.float64),
-        )
+        empty = nn.Sequential(TrainedTokens(nn.Embedding(12, 6, **ALL), IDS, torch.float64))
     empty.to_empty(device="cpu").load_state_dict(nn.Sequential(model[0]).state_dict())
     assert torch.equal(empty(TOKENS), model[0](TOKENS))
     assert not [key for key in empty.state_dict() if "index" in key]

@@ -114,15 +114,15 @@ def _integer_weight() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize(
-    ("layer", "said"),
-    [
-        (_integer_weight(), "int8 in an unknown layout"),
-        (nn.Linear(0, 4), r"\(4, 0\)"),
-        (nn.Linear(4, 0), r"\(0, 4\)"),
-        (nn.LazyLinear(4), "no weight yet"),
-    ],
-)
+LAYERS = [
+    (_integer_weight(), "int8 in an unknown layout"),
+    (nn.Linear(0, 4), r"\(4, 0\)"),
+    (nn.Linear(4, 0), r"\(0, 4\)"),
+    (nn.LazyLinear(4), "no weight yet"),
+]
+
+
+@pytest.mark.parametrize(("layer", "said"), LAYERS)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_weights_that_cannot_be_adapted(layer, said):
     """The error is raised before any change, although an earlier layer could be adapted."""
@@ -134,21 +134,21 @@ def test_weights_that_cannot_be_adapted(layer, said):
     assert model[0].weight.requires_grad
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        rasa_ext.merge,
-        rasa_ext.unmerge,
-        rasa_ext.unpatch,
-        rasa_ext.merge_and_unload,
-        rasa_ext.adapter_parameters,
-        rasa_ext.summary,
-        lambda model: next(rasa_ext.delta_weights(model)),
-        lambda model: rasa_ext.save_adapter(model, "nowhere"),
-        lambda model: rasa_ext.export_lora(model, "nowhere"),
-        lambda model: rasa_ext.disable_adapter(model).__enter__(),
-    ],
-)
+CALLS = [
+    rasa_ext.merge,
+    rasa_ext.unmerge,
+    rasa_ext.unpatch,
+    rasa_ext.merge_and_unload,
+    rasa_ext.adapter_parameters,
+    rasa_ext.summary,
+    lambda model: next(rasa_ext.delta_weights(model)),
+    lambda model: rasa_ext.save_adapter(model, "nowhere"),
+    lambda model: rasa_ext.export_lora(model, "nowhere"),
+    lambda model: rasa_ext.disable_adapter(model).__enter__(),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_calls_that_need_a_patched_model(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = SEQUENTIAL.build()

@@ -72,32 +72,32 @@ def test_config_equals_arguments():
     assert flags[0] == flags[1]
 
 
-@pytest.mark.parametrize(
-    ("entry", "options", "expected"),
-    [
-        (LLAMA, {"target_modules": ["q_proj"]}, llama("self_attn.q_proj")),
-        (LLAMA, {"target_modules": ["lm_head"]}, ["lm_head"]),
-        (LLAMA, {"target_modules": ["layers.1.mlp.up_proj"]}, llama("mlp.up_proj", layers=[1])),
-        (
-            LLAMA,
-            {"target_modules": r"model\.layers\.[12]\..*\.(q|up)_proj"},
-            llama("self_attn.q_proj", "mlp.up_proj", layers=[1, 2]),
-        ),
-        (
-            LLAMA,
-            {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
-            llama("self_attn.q_proj"),
-        ),
-        (
-            LLAMA,
-            {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
-            llama("self_attn.q_proj", layers=[1, 2]),
-        ),
-        (BERT, {"target_modules": ["pooler.dense"]}, ["bert.pooler.dense"]),
-        (SEQUENTIAL, {"target_modules": ["2"]}, ["2"]),
-        (SEQUENTIAL, {"exclude_modules": ["2", "4"]}, ["0", "6"]),
-    ],
-)
+CHOICES = [
+    (LLAMA, {"target_modules": ["q_proj"]}, llama("self_attn.q_proj")),
+    (LLAMA, {"target_modules": ["lm_head"]}, ["lm_head"]),
+    (LLAMA, {"target_modules": ["layers.1.mlp.up_proj"]}, llama("mlp.up_proj", layers=[1])),
+    (
+        LLAMA,
+        {"target_modules": r"model\.layers\.[12]\..*\.(q|up)_proj"},
+        llama("self_attn.q_proj", "mlp.up_proj", layers=[1, 2]),
+    ),
+    (
+        LLAMA,
+        {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
+        llama("self_attn.q_proj"),
+    ),
+    (
+        LLAMA,
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
+        llama("self_attn.q_proj", layers=[1, 2]),
+    ),
+    (BERT, {"target_modules": ["pooler.dense"]}, ["bert.pooler.dense"]),
+    (SEQUENTIAL, {"target_modules": ["2"]}, ["2"]),
+    (SEQUENTIAL, {"exclude_modules": ["2", "4"]}, ["0", "6"]),
+]
+
+
+@pytest.mark.parametrize(("entry", "options", "expected"), CHOICES)
 def test_choosing_layers(entry, options, expected):
     assert adapted(entry, **options) == expected
 

@@ -55,22 +55,19 @@ def test_models(entry):
     assert pool_members(model) == set(map(frozenset, groups))
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["h.0.c", "h.1.c", "h.11.c"], [["h.0.c", "h.1.c", "h.11.c"]]),
-        (["0", "1"], [["0", "1"]]),
-        (
-            ["block.0.layer.0.q", "block.0.layer.1.q"],
-            [["block.0.layer.0.q"], ["block.0.layer.1.q"]],
-        ),
-        (["block.0.layer.1.q", "block.1.layer.1.q"], [["block.0.layer.1.q", "block.1.layer.1.q"]]),
-        (["encoder.0.q", "decoder.0.q"], [["encoder.0.q"], ["decoder.0.q"]]),
-        (["head", "body"], [["head"], ["body"]]),
-        (["layer1.fc", "layer2.fc"], [["layer1.fc"], ["layer2.fc"]]),
-        (["m.0.w1", "m.0.w2", "m.1.w1"], [["m.0.w1", "m.1.w1"], ["m.0.w2"]]),
-    ],
-)
+NAMES = [
+    (["h.0.c", "h.1.c", "h.11.c"], [["h.0.c", "h.1.c", "h.11.c"]]),
+    (["0", "1"], [["0", "1"]]),
+    (["block.0.layer.0.q", "block.0.layer.1.q"], [["block.0.layer.0.q"], ["block.0.layer.1.q"]]),
+    (["block.0.layer.1.q", "block.1.layer.1.q"], [["block.0.layer.1.q", "block.1.layer.1.q"]]),
+    (["encoder.0.q", "decoder.0.q"], [["encoder.0.q"], ["decoder.0.q"]]),
+    (["head", "body"], [["head"], ["body"]]),
+    (["layer1.fc", "layer2.fc"], [["layer1.fc"], ["layer2.fc"]]),
+    (["m.0.w1", "m.0.w2", "m.1.w1"], [["m.0.w1", "m.1.w1"], ["m.0.w2"]]),
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), NAMES)
 def test_names(names, expected):
     shapes = dict.fromkeys(names, (4, 4))
     assert sorted(oracle.groups(shapes)) == sorted(expected)

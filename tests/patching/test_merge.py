@@ -10,14 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import rasa_ext
 from tests.helpers import oracle
-from tests.helpers.adapters import (
-    RANK,
-    adapted_layers,
-    adapters,
-    content,
-    patched,
-    same_bits,
-)
+from tests.helpers.adapters import RANK, adapted_layers, adapters, content, patched, same_bits
 from tests.helpers.models import (
     BERT,
     EVERY,

@@ -107,16 +107,16 @@ def disabled(model):
         return model(torch.ones(3, 8))
 
 
-@pytest.mark.parametrize(
-    ("merged", "call"),
-    [
-        (False, rasa_ext.merge),
-        (False, rasa_ext.merge_and_unload),
-        (True, rasa_ext.unmerge),
-        (True, rasa_ext.unpatch),
-        (True, disabled),
-    ],
-)
+CAPTURED = [
+    (False, rasa_ext.merge),
+    (False, rasa_ext.merge_and_unload),
+    (True, rasa_ext.unmerge),
+    (True, rasa_ext.unpatch),
+    (True, disabled),
+]
+
+
+@pytest.mark.parametrize(("merged", "call"), CAPTURED)
 def test_weights_are_not_changed_while_a_graph_is_captured(merged, call, monkeypatch):
     model = patched(nn.Sequential(nn.Linear(8, 6)))
     if merged:

@@ -92,17 +92,14 @@ def test_no_merge_of_what_is_not_finite():
     refused(lambda: rasa_ext.merge(model), model, "'embed' hold values that are not finite")
 
 
-@pytest.mark.parametrize(
-    ("given", "tokens"),
-    [
-        ({"embed_tokens": [4]}, {"model.embed_tokens": (4,)}),
-        ({"lm_head": {7, 4}}, {"lm_head": (4, 7)}),
-        (
-            {"embed_tokens": (4,), "lm_head": [1, 2]},
-            {"model.embed_tokens": (4,), "lm_head": (1, 2)},
-        ),
-    ],
-)
+NAMED = [
+    ({"embed_tokens": [4]}, {"model.embed_tokens": (4,)}),
+    ({"lm_head": {7, 4}}, {"lm_head": (4, 7)}),
+    ({"embed_tokens": (4,), "lm_head": [1, 2]}, {"model.embed_tokens": (4,), "lm_head": (1, 2)}),
+]
+
+
+@pytest.mark.parametrize(("given", "tokens"), NAMED)
 def test_tables_by_name(given, tokens):
     model = with_rows(LLAMA, given)
     assert rasa_ext.summary(model).tokens == tokens

@@ -13,18 +13,17 @@ import rasa_ext
 from tests.helpers.models import LLAMA
 from tests.helpers.refusals import refused
 
+OTHER_NAMES = [
+    ({"r": 8}, "rank"),
+    ({"lora_alpha": 16}, "alpha"),
+    ({"rasa_k": 1}, "k"),
+    ({"lora_dropout": 0.1}, "dropout"),
+    ({"target_module": ["q_proj"]}, "target_modules"),
+    ({"dtype": torch.float32}, "adapter_dtype"),
+]
 
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ({"r": 8}, "rank"),
-        ({"lora_alpha": 16}, "alpha"),
-        ({"rasa_k": 1}, "k"),
-        ({"lora_dropout": 0.1}, "dropout"),
-        ({"target_module": ["q_proj"]}, "target_modules"),
-        ({"dtype": torch.float32}, "adapter_dtype"),
-    ],
-)
+
+@pytest.mark.parametrize(("given", "meant"), OTHER_NAMES)
 def test_arguments_under_other_names(given, meant):
     (name,) = given
     for call in (functools.partial(rasa_ext.patch_model, LLAMA.build()), rasa_ext.RasaConfig):

@@ -29,42 +29,42 @@ SLOW = "(.*)*x$"
 LAYERS = {"layers_to_transform": [0], "target_modules": ["q_proj"]}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r": 0}, "^r: expected an integer >= 1, got 0"),
-        ({"r": "8"}, "^r: expected an integer, got '8'"),
-        ({"rasa_k": 9}, "^rasa_k: "),
-        ({"rasa_alpha": 0}, "^rasa_alpha: "),
-        ({"rasa_dropout": 1.0}, "^rasa_dropout: "),
-        ({"target_modules": []}, "^target_modules: "),
-        ({"target_modules": "("}, "^target_modules: expected a regular expression"),
-        ({"target_modules": [["q"]]}, "^target_modules: "),
-        ({"rasa_experts": "slots"}, "^rasa_experts: expected None or 'slot' or"),
-        ({"rasa_experts": "slot", "rasa_method": "lora"}, "^rasa_experts: .* 'own', got"),
-        ({"adapter_dtype": "int8"}, "^adapter_dtype: "),
-        ({"experts": "slot"}, "argument 'experts'; did you mean rasa_experts"),
-        ({"rank": 8}, "argument 'rank'; did you mean r"),
-        ({"lora_alpha": 8}, "argument 'lora_alpha'; did you mean rasa_alpha"),
-        ({"bias": "lora_only"}, "^bias: .*rasa_only"),
-        (
-            {"layers_to_transform": [0], "target_modules": "q_proj"},
-            "^layers_to_transform: expected target_modules",
-        ),
-        ({"layers_pattern": "h"}, "^layers_pattern: 'h' has no effect without"),
-        ({"modules_to_save": [SLOW]}, r"expected names of modules, got .*x\$"),
-        ({**LAYERS, "layers_pattern": SLOW}, r"expected names of modules, got .*x\$"),
-        ({**LAYERS, "layers_pattern": [SLOW]}, r"expected names of modules, got .*x\$"),
-        ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or .*got 'elora'; upgrade ras"),
-        ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
-        ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
-        ({"rasa_method": "lora", "rasa_options": {"gates": "pool"}}, "^rasa_options: .*gates"),
-        ({"rasa_method": "lora", "rasa_options": {"rank": 4}}, "^rasa_options: .*got 'rank'"),
-        ({"rasa_method": "lora", "rasa_options": ["rslora"]}, "^rasa_options: expected a dict"),
-        ({"rasa_method": "lora", "rasa_rslora": "yes"}, "^rasa_options: rslora"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-    ],
-)
+BAD = [
+    ({"r": 0}, "^r: expected an integer >= 1, got 0"),
+    ({"r": "8"}, "^r: expected an integer, got '8'"),
+    ({"rasa_k": 9}, "^rasa_k: "),
+    ({"rasa_alpha": 0}, "^rasa_alpha: "),
+    ({"rasa_dropout": 1.0}, "^rasa_dropout: "),
+    ({"target_modules": []}, "^target_modules: "),
+    ({"target_modules": "("}, "^target_modules: expected a regular expression"),
+    ({"target_modules": [["q"]]}, "^target_modules: "),
+    ({"rasa_experts": "slots"}, "^rasa_experts: expected None or 'slot' or"),
+    ({"rasa_experts": "slot", "rasa_method": "lora"}, "^rasa_experts: .* 'own', got"),
+    ({"adapter_dtype": "int8"}, "^adapter_dtype: "),
+    ({"experts": "slot"}, "argument 'experts'; did you mean rasa_experts"),
+    ({"rank": 8}, "argument 'rank'; did you mean r"),
+    ({"lora_alpha": 8}, "argument 'lora_alpha'; did you mean rasa_alpha"),
+    ({"bias": "lora_only"}, "^bias: .*rasa_only"),
+    (
+        {"layers_to_transform": [0], "target_modules": "q_proj"},
+        "^layers_to_transform: expected target_modules",
+    ),
+    ({"layers_pattern": "h"}, "^layers_pattern: 'h' has no effect without"),
+    ({"modules_to_save": [SLOW]}, r"expected names of modules, got .*x\$"),
+    ({**LAYERS, "layers_pattern": SLOW}, r"expected names of modules, got .*x\$"),
+    ({**LAYERS, "layers_pattern": [SLOW]}, r"expected names of modules, got .*x\$"),
+    ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or .*got 'elora'; upgrade ras"),
+    ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
+    ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
+    ({"rasa_method": "lora", "rasa_options": {"gates": "pool"}}, "^rasa_options: .*gates"),
+    ({"rasa_method": "lora", "rasa_options": {"rank": 4}}, "^rasa_options: .*got 'rank'"),
+    ({"rasa_method": "lora", "rasa_options": ["rslora"]}, "^rasa_options: expected a dict"),
+    ({"rasa_method": "lora", "rasa_rslora": "yes"}, "^rasa_options: rslora"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_values_are_named(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         RasaConfig(**options)

@@ -110,17 +110,16 @@ def test_files_go_both_ways(family, grouping, tmp_path):
     assert torch.equal(again(TOKENS).logits, expected)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["q_proj", "gate_up_proj"]},
-        {"target_modules": r".*\.1\..*(q|down)_proj"},
-        {"exclude_modules": ["gate_up_proj", "k_proj"]},
-        {"exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-        {"modules_to_save": ["gate"]},
-    ],
-    ids=str,
-)
+TARGETS = [
+    {"target_modules": ["q_proj", "gate_up_proj"]},
+    {"target_modules": r".*\.1\..*(q|down)_proj"},
+    {"exclude_modules": ["gate_up_proj", "k_proj"]},
+    {"exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    {"modules_to_save": ["gate"]},
+]
+
+
+@pytest.mark.parametrize("options", TARGETS, ids=str)
 def test_targets_are_those_of_patch_model(options, tmp_path):
     """The router may be trained in full."""
     model = tuned(**options)
@@ -170,18 +169,18 @@ def test_a_model_without_experts_is_refused(targets):
 PARALLEL = {"parallel": True}
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"target_modules": ["q_proj"]}, r"^rasa_experts: .*names none; add them"),
-        ({"target_modules": ["q_proj", "experts"]}, r"^rasa_experts: .*names none; add them"),
-        ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*only"),
-        ({"rasa_groups": ["gate_down_proj"]}, "^rasa_groups: .*none ends in 'gate_down_proj'"),
-        ({"target_modules": ["gate_up_proj", "embed_tokens"]}, "embed_tokens.* is a Embedding"),
-        (PARALLEL, r"^experts: 'model\.layers\.1.*expert parallelism"),
-        ({**PARALLEL, "target_modules": ["gate_up_proj"]}, "^experts: .*expert parallelism"),
-    ],
-)
+UNFIT = [
+    ({"target_modules": ["q_proj"]}, r"^rasa_experts: .*names none; add them"),
+    ({"target_modules": ["q_proj", "experts"]}, r"^rasa_experts: .*names none; add them"),
+    ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*only"),
+    ({"rasa_groups": ["gate_down_proj"]}, "^rasa_groups: .*none ends in 'gate_down_proj'"),
+    ({"target_modules": ["gate_up_proj", "embed_tokens"]}, "embed_tokens.* is a Embedding"),
+    (PARALLEL, r"^experts: 'model\.layers\.1.*expert parallelism"),
+    ({**PARALLEL, "target_modules": ["gate_up_proj"]}, "^experts: .*expert parallelism"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), UNFIT)
 @pytest.mark.filterwarnings("ignore:rasa_experts")
 def test_what_does_not_fit_is_refused(options, said):
     model = moe()

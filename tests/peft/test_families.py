@@ -7,12 +7,7 @@ official format cannot express, so the files here use our format.
 import pytest
 import torch
 import transformers
-from peft import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    PeftModel,
-)
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel
 from torch import Tensor, nn
 
 import rasa_ext

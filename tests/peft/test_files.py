@@ -60,15 +60,15 @@ def test_peft_writes_what_save_adapter_writes(dtype, tmp_path):
     assert configs[0].keys() <= configs[1].keys()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"r": 6, "rasa_k": 2, "rasa_alpha": 3.0, "target_modules": ["q_proj", "down_proj"]},
-        {"target_modules": r".*\.1\..*_proj", "rasa_dropout": 0.1, "adapter_dtype": "bfloat16"},
-        {"exclude_modules": ["k_proj"], "modules_to_save": ["lm_head", "norm"]},
-        {"target_modules": ["q_proj", "c_attn"], "modules_to_save": ["lm_head", "classifier"]},
-    ],
-)
+CONFIGS = [
+    {"r": 6, "rasa_k": 2, "rasa_alpha": 3.0, "target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": r".*\.1\..*_proj", "rasa_dropout": 0.1, "adapter_dtype": "bfloat16"},
+    {"exclude_modules": ["k_proj"], "modules_to_save": ["lm_head", "norm"]},
+    {"target_modules": ["q_proj", "c_attn"], "modules_to_save": ["lm_head", "classifier"]},
+]
+
+
+@pytest.mark.parametrize("options", CONFIGS)
 def test_from_peft_to_load_adapter_and_back(options, tmp_path, recwarn):
     model = tiny(**options).eval()
     with torch.no_grad():

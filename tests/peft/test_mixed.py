@@ -100,17 +100,17 @@ def test_checkpoints_that_would_recompute_without_the_rows_are_refused(reentrant
     close(found[0], dense(model, "second")[0])
 
 
-@pytest.mark.parametrize(
-    ("names", "prepare", "error", "message"),
-    [
-        ("default", None, TypeError, "expected a list with a name for each row, got 'default'"),
-        ([None] * 4, None, TypeError, "expected a list with a name for each row"),
-        (["third"] * 4, None, ValueError, "expected some of __base__, default, second, got third"),
-        (["second"] * 3, None, ValueError, "got 3 names for 4 rows"),
-        (NAMES, "train", ValueError, "is for inference; call model.eval"),
-        (NAMES, "merge_adapter", ValueError, "is merged.*call model.unmerge_adapter"),
-    ],
-)
+UNFIT = [
+    ("default", None, TypeError, "expected a list with a name for each row, got 'default'"),
+    ([None] * 4, None, TypeError, "expected a list with a name for each row"),
+    (["third"] * 4, None, ValueError, "expected some of __base__, default, second, got third"),
+    (["second"] * 3, None, ValueError, "got 3 names for 4 rows"),
+    (NAMES, "train", ValueError, "is for inference; call model.eval"),
+    (NAMES, "merge_adapter", ValueError, "is merged.*call model.unmerge_adapter"),
+]
+
+
+@pytest.mark.parametrize(("names", "prepare", "error", "message"), UNFIT)
 def test_what_does_not_fit_is_refused(names, prepare, error, message):
     model = two()
     expected = dense(model, "default")

@@ -14,14 +14,7 @@ import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.commands.models import load_model
 from rasa_ext.commands.paths import ModelError
-from tests.helpers.adapters import (
-    Errors,
-    adapted_layers,
-    adapters,
-    excesses,
-    gradients,
-    patched,
-)
+from tests.helpers.adapters import Errors, adapted_layers, adapters, excesses, gradients, patched
 from tests.helpers.quantized import off
 
 DATA = Path(__file__).parent / "data"
