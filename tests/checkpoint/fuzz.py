@@ -18,7 +18,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,6 @@ def _llama(**options: Any) -> nn.Module:
     return patched(LLAMA.build(), 4, options.pop("k", 1), seed=1, **options)
 
 
-def _as_bin(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
-    (folder / WEIGHTS).unlink()
-
-
 def _official(folder: Path, pickled: bool = False) -> None:
     targets = ["q_proj", "down_proj"]
     found = trainable_copies(adapters(_llama(target_modules=targets)))
@@ -88,7 +83,8 @@ def _save_peft(folder: Path, config: Any) -> None:
 def _lora(folder: Path, pickled: bool = False) -> None:
     _save_peft(folder, peft.LoraConfig(r=3, target_modules=["q_proj"], alpha_pattern={"x": 3}))
     if pickled:
-        _as_bin(folder)
+        torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
+        (folder / WEIGHTS).unlink()
 
 
 def _plug_in(folder: Path) -> None:
@@ -97,8 +93,7 @@ def _plug_in(folder: Path) -> None:
 
 def _whole(folder: Path) -> None:
     folder.mkdir()
-    tensors = {key: tensor.contiguous() for key, tensor in _llama().state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+    save_file(dict(_llama().state_dict()), folder / "model.safetensors")
 
 
 def _killed(folder: Path) -> None:
@@ -113,11 +108,20 @@ def _of_method(name: str) -> Kind:
     return Kind(lambda folder: rasa_ext.save_adapter(methods.case(name), folder), methods.base)
 
 
+def _patched_before() -> nn.Module:
+    return patched(LLAMA.build(), 4, 1, seed=2)
+
+
 def _of_llama(read: Callable = rasa_ext.load_adapter, write: Any = None, **options: Any) -> Kind:
     def saved(folder: Path) -> None:
         rasa_ext.save_adapter(_llama(**options), folder)
 
     return Kind(write or saved, LLAMA.build, read, _logits)
+
+
+def _imported(base: nn.Module, folder: Path) -> nn.Module:
+    rasa_ext.import_lora(base, folder)
+    return base
 
 
 _METHODS = ("rasa", "rasa, ranks", "lora", "lora-fa")
@@ -128,11 +132,7 @@ KINDS = {
         modules_to_save=["lm_head"],
         trainable_token_indices=[1, 3],
     ),
-    "patched before": Kind(
-        lambda folder: rasa_ext.save_adapter(_llama(), folder),
-        lambda: patched(LLAMA.build(), 4, 1, seed=2),
-        run=_logits,
-    ),
+    "patched before": replace(_of_llama(), base=_patched_before),
     "experts": Kind(
         lambda folder: rasa_ext.save_adapter(
             experts.patched(experts.normed_stack(), "shared"), folder
@@ -144,15 +144,10 @@ KINDS = {
     ),
     "official": _of_llama(rasa_ext.load_official, _official),
     "official, .bin": _of_llama(rasa_ext.load_official, lambda folder: _official(folder, True)),
-    "LoRA": _of_llama(lambda base, folder: rasa_ext.import_lora(base, folder) and base, _lora),
-    "LoRA, .bin": _of_llama(
-        lambda base, folder: rasa_ext.import_lora(base, folder) and base,
-        lambda folder: _lora(folder, True),
-    ),
+    "LoRA": _of_llama(_imported, _lora),
+    "LoRA, .bin": _of_llama(_imported, lambda folder: _lora(folder, True)),
     "PEFT": _of_llama(peft.PeftModel.from_pretrained, _plug_in),
-    "whole model": Kind(
-        _whole, lambda: patched(LLAMA.build(), 4, 1, seed=2), rasa_ext.load_adapter, _logits
-    ),
+    "whole model": replace(_of_llama(write=_whole), base=_patched_before),
     "killed save": _of_llama(write=_killed),
 }
 
@@ -205,6 +200,7 @@ def _flip(draw: random.Random, folder: Path) -> None:
 
 
 def _cut(draw: random.Random, folder: Path) -> None:
+    """Cut a file, and put other bytes behind what is left."""
     path = draw.choice(_files(folder))
     data = path.read_bytes()
     kept = data[: draw.choice((0, 1, 8, len(data) - 1, draw.randrange(len(data))))]
@@ -249,24 +245,20 @@ def _other(draw: random.Random, folder: Path, written: Path) -> None:
 
 
 def _move(draw: random.Random, folder: Path) -> None:
-    path = draw.choice(_files(folder))
-    what = draw.randrange(4)
-    if what == 0:
-        path.unlink()
-    elif what == 1:
-        path.rename(path.with_name(draw.choice((PICKLE, WEIGHTS, CONFIG, "model.safetensors"))))
-    elif what == 2:
-        path.unlink()
-        path.mkdir()
-    else:
-        path.chmod(0)
-
-
-def _link(draw: random.Random, folder: Path) -> None:
+    """Remove, rename or lock a file, or replace it by a folder or a link."""
     path, outside = draw.choice(_files(folder)), folder.parent / "outside"
-    target = draw.choice((outside / "mine", outside, path, "/dev/zero", "/dev/null", "/nowhere"))
-    path.unlink()
-    path.symlink_to(target)
+    what = draw.randrange(8)
+    if what == 0:
+        path.rename(path.with_name(draw.choice((PICKLE, WEIGHTS, CONFIG, "model.safetensors"))))
+    elif what == 1:
+        path.chmod(0)
+    else:
+        path.unlink()
+    if what == 2:
+        path.mkdir()
+    elif what > 3:
+        targets = (outside / "mine", outside, path, "/dev/zero", "/dev/null", "/nowhere")
+        path.symlink_to(draw.choice(targets))
 
 
 def _tensors(draw: random.Random, folder: Path) -> None:
@@ -333,7 +325,7 @@ def _header(draw: random.Random, folder: Path) -> None:
     path.write_bytes(length.to_bytes(8, "little") + text + data[8 + size :])
 
 
-DAMAGES = (_flip, _flip, _cut, _field, _field, _field, _json, _other, _move, _link)
+DAMAGES = (_flip, _flip, _cut, _field, _field, _field, _json, _other, _move, _move)
 DAMAGES += (_tensors, _tensors, _tensors, _header)
 
 
@@ -358,12 +350,11 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 def _whose(error: BaseException, kind: str) -> str:
     """Return OWN if the package raised the error itself, OTHERS if PEFT did, and RAW otherwise."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1]
+    last = traceback.extract_tb(error.__traceback__)[-1]
     line = linecache.getline(last.filename, last.lineno or 0).strip()
-    if last.filename.startswith(PACKAGE) and line.startswith("raise"):
-        return OWN
     ours = last.filename.startswith(PACKAGE)
+    if ours and line.startswith("raise"):
+        return OWN
     return OTHERS if kind == "PEFT" and not ours else RAW
 
 
@@ -372,11 +363,9 @@ def _outcome(kind: str, folder: Path, base: nn.Module, expected: torch.Tensor) -
     what, before = KINDS[kind], Snapshot(base)
     try:
         model = what.read(base, folder)
-    except MemoryError:
-        return OUT_OF_MEMORY, ""
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        if "can't allocate memory" in text:
+        if isinstance(error, MemoryError) or "can't allocate memory" in text:
             return OUT_OF_MEMORY, text
         whose = _whose(error, kind)
         if kind != "PEFT":  # PEFT leaves the base wrapped
@@ -395,10 +384,15 @@ def _outcome(kind: str, folder: Path, base: nn.Module, expected: torch.Tensor) -
     return (EQUAL if same else OTHER_NUMBERS), ""
 
 
+def _drawn(seed: int, number: int) -> tuple[random.Random, str]:
+    """Return a case's random numbers, and the kind of folder."""
+    draw = random.Random(seed * 1_000_003 + number)
+    return draw, draw.choice(sorted(KINDS))
+
+
 def _case(root: Path, seed: int, number: int, numbers: dict[str, Any]) -> tuple[str, ...]:
     """Damage and load one folder below ``root``; return kind, damage, outcome and error text."""
-    draw = random.Random(seed * 1_000_003 + number)
-    kind = draw.choice(sorted(KINDS))
+    draw, kind = _drawn(seed, number)
     folder, outside = root / "case" / "adapter", root / "case" / "outside"
     shutil.rmtree(root / "case", ignore_errors=True)
     outside.mkdir(parents=True)
@@ -415,14 +409,9 @@ def _case(root: Path, seed: int, number: int, numbers: dict[str, Any]) -> tuple[
     return kind, damage, outcome, words
 
 
-def _limits() -> None:
-    """Limit the memory of this process."""
+def _worker(root: Path, seed: int, numbers: range, write: int, made: dict[str, Any]) -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-
-
-def _worker(root: Path, seed: int, numbers: range, write: int, made: dict[str, Any]) -> None:
-    _limits()
     with os.fdopen(write, "w") as out:
         for number in numbers:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -465,7 +454,6 @@ def fuzz(cases: int, seed: int, root: Path, batch: int = 250) -> list[list[Any]]
         if status:
             timers = (signal.SIGPROF, signal.SIGALRM)
             slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in timers
-            draw = random.Random(seed * 1_000_003 + len(found))
-            kind = draw.choice(sorted(KINDS))
+            _, kind = _drawn(seed, len(found))
             found.append([len(found), kind, "", HANG if slow else CRASH, f"status {status}"])
     return found
