@@ -19,9 +19,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,17 +131,10 @@ def compile_all() -> dict[str, list[Row]]:
     """Compile the kernels for every architecture, and return them by architecture."""
     nvcc = find_nvcc()
     sources = sorted((ROOT / "csrc").glob("**/*.cu"))
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {
-            arch: [
-                pool.submit(compile_one, nvcc, source, arch, Path(scratch)) for source in sources
-            ]
-            for arch in ARCHS
-        }
-        return {
-            arch: in_order(row for job in each for row in job.result())
-            for arch, each in jobs.items()
-        }
+    with tempfile.TemporaryDirectory() as scratch:
+        return in_parallel(
+            lambda arch: [partial(compile_one, nvcc, each, arch, Path(scratch)) for each in sources]
+        )
 
 
 def compile_one(nvcc: Path, source: Path, arch: str, scratch: Path) -> list[Row]:
@@ -158,23 +151,22 @@ def read_all(built: Path) -> dict[str, list[Row]]:
     for kernel in read_ptxas((built / LOG).read_text()):
         reports[kernel.arch][kernel.name] = kernel
     library = (built / LIBRARY.name).resolve()
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as scratch:
         run([str(find_tool("cuobjdump")), "-xelf", "all", str(library)], cwd=scratch)
-        jobs = {
-            arch: [
-                pool.submit(disassemble, cubin, reports[arch])
+        return in_parallel(
+            lambda arch: [
+                partial(disassemble, cubin, reports[arch])
                 for cubin in sorted(Path(scratch).glob(f"*.{arch}.cubin"))
             ]
-            for arch in ARCHS
-        }
-        return {
-            arch: in_order(row for job in each for row in job.result())
-            for arch, each in jobs.items()
-        }
+        )
 
 
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: order(row.name))
+def in_parallel(tasks: Callable[[str], list[Callable[[], list[Row]]]]) -> dict[str, list[Row]]:
+    """Run the tasks of every architecture, and return the rows in order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {arch: [pool.submit(task) for task in tasks(arch)] for arch in ARCHS}
+        rows = {arch: [row for job in each for row in job.result()] for arch, each in jobs.items()}
+    return {arch: sorted(each, key=lambda row: order(row.name)) for arch, each in rows.items()}
 
 
 def disassemble(cubin: Path, ptxas: Mapping[str, Kernel]) -> list[Row]:
