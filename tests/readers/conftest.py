@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rasa_ext
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer, save_model
+from tests.readers.likeliest import LIMIT
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -55,6 +56,21 @@ def case(tmp_path_factory) -> Case:
     for one, other in (("base", "first"), ("base", "second"), ("first", "second")):
         assert difference(expected[one], expected[other]) > 3, (one, other)
     return Case(Path(gguf), folder / "base", prompts, TEXTS, adapters, expected)
+
+
+@pytest.fixture
+def measured(figure, record_property):
+    """A function that limits the largest of some errors, for the compatibility page and --figures.
+
+    It gets a name, with the program first, and errors by name.
+    """
+
+    def check(name: str, found: dict[str, float]) -> None:
+        record_property(name, max(found.values()))
+        figure(f"{name}: {found}")
+        assert max(found.values()) < LIMIT, found
+
+    return check
 
 
 def fill(model, seed: int) -> None:

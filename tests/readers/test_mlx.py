@@ -28,7 +28,7 @@ def loras(case, tmp_path_factory):
     return exported(case, tmp_path_factory.mktemp("mlx"), "--format", "mlx")
 
 
-def test_every_log_probability(case, loras, tmp_path, figure, record_property):
+def test_every_log_probability(case, loras, tmp_path, measured):
     asked = [
         {
             "base": str(case.base),
@@ -43,9 +43,7 @@ def test_every_log_probability(case, loras, tmp_path, figure, record_property):
         name: difference(log_probabilities(path), case.expected[name])
         for name, path in zip(case.expected, told, strict=True)
     }
-    record_property("mlx-lm, every log-probability", max(found.values()))
-    figure(f"mlx-lm: {found}")
-    assert max(found.values()) < LIMIT, found
+    measured("mlx-lm, every log-probability", found)
 
 
 def test_every_family(tmp_path, figure):
@@ -86,7 +84,7 @@ def _name_rope_theta(path) -> None:
     path.write_text(json.dumps(config))
 
 
-def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
+def test_the_server_as_printed(case, loras, tmp_path, measured):
     """The top token's log-probability matches only this adapter, not the other or the base."""
     _, words = loras["first"]
     assert words[0] == "mlx_lm.server"
@@ -101,7 +99,5 @@ def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
         )
         for name, found in case.expected.items()
     }
-    record_property("mlx-lm, the server as printed", off["first"])
-    figure(f"mlx-lm, the server: {off}")
-    assert off["first"] < LIMIT
+    measured("mlx-lm, the server as printed", {"first": off["first"]})
     assert min(off["base"], off["second"]) > 100 * LIMIT

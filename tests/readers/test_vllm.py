@@ -4,7 +4,7 @@ import pytest
 
 from tests.readers.commands import exported
 from tests.readers.environments import VLLM, ask
-from tests.readers.likeliest import COUNT, LIMIT, off, prompts
+from tests.readers.likeliest import COUNT, off, prompts
 from tests.readers.servers import served
 
 pytestmark = pytest.mark.readers
@@ -16,7 +16,7 @@ def loras(case, tmp_path_factory):
     return exported(case, tmp_path_factory.mktemp("vllm"))
 
 
-def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, figure, record_property):
+def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, measured):
     names = list(case.expected)
     asked = [
         {"tokens": case.prompts[i][:n], "adapter": name} for i, n in prompts(case) for name in names
@@ -30,12 +30,10 @@ def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, figure, recor
     }
     told = ask("vllm", "ask_vllm.py", question, tmp_path, **VLLM)
     found = {name: off(case, name, told[i :: len(names)]) for i, name in enumerate(names)}
-    record_property("vLLM, two adapters and the base in one batch", max(found.values()))
-    figure(f"vLLM, one batch: {found}")
-    assert max(found.values()) < LIMIT, found
+    measured("vLLM, two adapters and the base in one batch", found)
 
 
-def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
+def test_the_server_as_printed(case, loras, tmp_path, measured):
     """The server serves the initial adapter, the base, and an adapter loaded over HTTP."""
     _, words = loras["first"]
     assert words[:2] == ["vllm", "serve"]
@@ -48,11 +46,7 @@ def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
         for name, model in names.items():
             told = [complete(post, model, case.prompts[i][:n]) for i, n in prompts(case)]
             found[name] = off(case, name, told, 20)
-    record_property(
-        "vLLM, the server as printed, an adapter loaded while it runs", max(found.values())
-    )
-    figure(f"vLLM, by HTTP: {found}")
-    assert max(found.values()) < LIMIT, found
+    measured("vLLM, the server as printed, an adapter loaded while it runs", found)
 
 
 def complete(post, model: str, tokens: list[int]) -> dict[str, float]:
