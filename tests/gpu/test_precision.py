@@ -1,8 +1,5 @@
 """TF32 follows torch's flag; autocast works over float32 bases."""
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -18,22 +15,17 @@ from tests.helpers.operators import floor
 BETWEEN = (2**-11 * 2**-24) ** 0.5
 
 
-@contextlib.contextmanager
-def setting(name: str, value: object) -> Iterator[None]:
-    """Set one of torch's flags for products on a GPU, and restore it at the end."""
-    flags = torch.backends.cuda.matmul
-    before = getattr(flags, name)
-    setattr(flags, name, value)
-    try:
-        yield
-    finally:
-        setattr(flags, name, before)
+# torch has two names for the flag, the second since 2.9.
+FLAGS = [("allow_tf32", False), ("allow_tf32", True)]
+FLAGS += [("fp32_precision", "ieee"), ("fp32_precision", "tf32")]
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "tf32"])
-def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
-    with setting("allow_tf32", request.param):
-        yield request.param
+@pytest.fixture(params=FLAGS, ids=lambda param: f"{param[0]}={param[1]}")
+def tf32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether TF32 is allowed for products on a GPU, by either flag."""
+    name, value = request.param
+    monkeypatch.setattr(torch.backends.cuda.matmul, name, value)
+    return value in (True, "tf32")
 
 
 def rounds_to_tf32(device: str, tf32: bool) -> bool:
@@ -55,17 +47,6 @@ def test_tf32_in_a_layer(device, tf32):
         assert (ours.relative()[name] > BETWEEN) == rounds_to_tf32(device, tf32), name
     if not tf32:
         assert max(ours.relative().values()) < BETWEEN
-
-
-def test_fp32_precision_is_the_same_flag(device):
-    """torch's newer name for the flag, since 2.9, has the same effect."""
-    sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
-    for precision in ("tf32", "ieee"):
-        with setting("fp32_precision", precision):
-            case, errors = Case(sizes, torch.float32, device), Errors()
-            errors.add(case.ours(), case.reference())
-        shown = rounds_to_tf32(device, precision == "tf32")
-        assert (errors.relative()["y"] > BETWEEN) == shown
 
 
 def test_merging_is_in_float32_whatever_is_allowed(device, tf32):
