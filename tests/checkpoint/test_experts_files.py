@@ -267,9 +267,8 @@ def test_ranks_of_single_weights(tmp_path):
     ranks = {r"layers\.1\.mlp\.experts\.down_proj": 5}
     config = rasa_ext.RasaConfig(rank=RANK, k=1, experts="slot", rank_pattern=ranks)
     model = rasa_ext.patch_model(copy.deepcopy(base("mixtral")), config=config)
-    with torch.no_grad():
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.normal_()
+    for parameter in rasa_ext.adapter_parameters(model):
+        torch.nn.init.normal_(parameter)
     config, _ = export(tmp_path, model, expert_layout="per-expert")
     assert config["r"] == 5 - 1 + 2
     assert_close(changes_in(tmp_path), {**linear_changes(model), **single("mixtral", model)})

@@ -297,8 +297,3 @@ def test_none_is_whole(stopped):
         cut(stopped / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(ValueError, match="but all 2 are damaged; start without --resume"):
         found(stopped)
-
-
-def test_there_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*found none"):
-        found(tmp_path)

@@ -26,9 +26,8 @@ def adapted(family: str, targets: str = "all-linear", **options) -> tuple[nn.Mod
     config = LoraConfig(rank=3, alpha=6.0, experts="own", target_modules=targets, **options)
     model = rasa_ext.patch_model(copy.deepcopy(base), config=config)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.normal_(std=0.3)
+    for parameter in rasa_ext.adapter_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.3)
     return base, model
 
 

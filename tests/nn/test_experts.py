@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaExperts
 from tests.helpers import experts, oracle
 from tests.helpers.adapters import FLOOR, Errors, excesses
@@ -235,16 +234,3 @@ def test_disabled_it_is_the_base(family, implementation):
         for module in experts.adapted(model):
             module.disabled = True
         assert torch.equal(entry.call(model, **inputs), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_patching_keeps_the_output(family):
-    """Every B starts at zero."""
-    base = experts.model(family).double()
-    options = {"experts": "shared", "adapter_dtype": torch.float64}
-    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1, **options)
-    own = experts.experts_of(base).values()
-    for plain_module, module in zip(own, experts.adapted(model), strict=True):
-        plain_module.config._experts_implementation = "eager"  # the only one for float64
-        inputs = experts.inputs()
-        assert_close({"y": module(*inputs)}, {"y": plain_module(*inputs).detach()})

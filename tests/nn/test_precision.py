@@ -12,10 +12,6 @@ from tests.helpers.tiny_lm import make_model
 CAST = "cast to torch.bfloat16.* is torch.float32 again"
 
 
-def peft(**options):
-    return tiny(**options)
-
-
 def ours(**options):
     return patched(make_model(), config=rasa_ext.RasaConfig(rank=4, k=1, **options))
 
@@ -24,7 +20,7 @@ def stacked(**options):
     return experts.patched(experts.model(), "shared", **options)
 
 
-@pytest.fixture(params=[peft, ours, stacked])
+@pytest.fixture(params=[tiny, ours, stacked])
 def build(request):
     return request.param
 

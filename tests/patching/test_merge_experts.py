@@ -74,16 +74,6 @@ def test_a_merged_model_computes_what_the_adapted_one_does(family, grouping, chu
     assert list(merged.state_dict()) == list(base_model(family).state_dict())
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_unmerging_restores_every_expert(grouping):
-    model = patched(base_model("gpt_oss", torch.bfloat16), experts=grouping)
-    before, expected = Snapshot(model), output(model)
-    rasa_ext.merge(model)
-    assert not torch.equal(output(model), expected)
-    rasa_ext.unmerge(model)
-    before.assert_unchanged()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changes_lie_as_their_parameters_do(family):
     """dW has the parameter's layout, so that users can add it, even if the shape is square."""

@@ -16,8 +16,6 @@ from tests.helpers.quantized import TOKENS
 from tests.helpers.trainers import train_by_sft
 from tests.quantized import gpt_oss
 
-STACKS = ("gate_up_proj", "down_proj")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
