@@ -189,10 +189,13 @@ def step_callback(
     Example:
         >>> class Count:
         ...     steps = 0
+        ...
         ...     def step(self):
         ...         self.steps += 1
+        ...
         ...     def state_dict(self):
         ...         return {"steps": self.steps}
+        ...
         ...     def load_state_dict(self, state):
         ...         self.steps = state["steps"]
         >>> callback = rasa_ext.training.step_callback(Count())
