@@ -1,5 +1,7 @@
 """TF32 follows torch's flag; autocast works over float32 bases."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -21,11 +23,13 @@ FLAGS += [("fp32_precision", "ieee"), ("fp32_precision", "tf32")]
 
 
 @pytest.fixture(params=FLAGS, ids=lambda param: f"{param[0]}={param[1]}")
-def tf32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether TF32 is allowed for products on a GPU, by either flag."""
-    name, value = request.param
-    monkeypatch.setattr(torch.backends.cuda.matmul, name, value)
-    return value in (True, "tf32")
+    (name, value), flags = request.param, torch.backends.cuda.matmul
+    before = getattr(flags, name)
+    setattr(flags, name, value)
+    yield value in (True, "tf32")
+    setattr(flags, name, before)
 
 
 def rounds_to_tf32(device: str, tf32: bool) -> bool:
