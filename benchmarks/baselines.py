@@ -15,7 +15,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext import ops
 from rasa_ext.methods import LayerSpec
-from rasa_ext.nn.packs import PackSet
+from rasa_ext.nn.packs import Decoding, PackSet
 
 
 class OfficialLinear(nn.Module):
@@ -69,7 +69,9 @@ def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ex
     """Adapt ``base`` as the first layer of a group of ``layers`` layers."""
     spec = LayerSpec(0, layers, base.out_features, base.in_features, base.weight.device)
     pool = config.group_tensors([dataclasses.replace(spec, index=index) for index in range(layers)])
-    layer = rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
+    decoding = Decoding()
+    decoding.now = True  # no model says so: without grad, the packs are read as in generate
+    layer = rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet(decoding))
     layer.add_module("own_pool", layer.pool)  # no model has it
     return layer
 

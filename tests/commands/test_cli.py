@@ -221,11 +221,11 @@ def test_a_name_of_another_program_is_answered_with_ours():
     assert "--lora-r=4: did you mean --rank?" in text
 
 
-def test_a_name_of_trl_s_stands_for_ours():
+def test_a_name_of_trl_s_stands_for_ours(tmp_path):
     words = ["--model_name_or_path", "m", "--data", "d", "--per-device-train-batch-size=0"]
     assert "batch_size: expected at least 1, got 0" in invoke("finetune", *words, code=1)
-    Path("run.yaml").write_text("num_train_epochs: -1\n")
-    text = invoke("finetune", "--model", "m", "--data", "d", "--config", "run.yaml", code=1)
+    (tmp_path / "run.yaml").write_text("num_train_epochs: -1\n")
+    text = invoke("finetune", *words[:4], "--config", tmp_path / "run.yaml", code=1)
     assert "epochs: expected a number above 0" in text
 
 
