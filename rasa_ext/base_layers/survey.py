@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import (
     expert_shape,
+    expert_weight,
     expert_weight_names,
     expert_weights,
     is_experts,
@@ -23,6 +24,7 @@ from rasa_ext.base_layers.linear import (
     LinearLayer,
     computes_linear,
     device_of,
+    is_conv1d,
     is_linear,
     linear_shape,
     read_directly,
@@ -57,6 +59,13 @@ class LinearBase:
     def split(self) -> Split | None:
         """The part on this process of a layer that is split over processes, or None."""
         return split_of(self.module)
+
+    def values(self) -> Tensor:
+        """Return W (out, in), dequantized; not for a layer that is split over processes."""
+        weight = stored_weight(self.module).detach()
+        if (fmt := format_of(self.module)) is not None:
+            return fmt.dequantize(self.module)
+        return weight.t() if is_conv1d(self.module) else weight
 
     def check(self, name: str) -> None:
         """Raise TypeError or ValueError, which begin with the name, if W + dW is not possible."""
@@ -96,6 +105,10 @@ class StackedBase:
         """The device of the parameter."""
         device: torch.device = getattr(self.module, self.key).device
         return device
+
+    def values(self) -> Tensor:
+        """Return the weights (experts, out, in); not for packed ones."""
+        return expert_weight(self.module, self.key).detach()
 
     def check(self, name: str) -> None:
         """Raise TypeError or ValueError, which begin with the name, if W + dW is not possible."""

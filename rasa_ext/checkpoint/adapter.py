@@ -302,7 +302,7 @@ def load_tensors_into(
     _check_indices(planned, tensors, where)
     _check_ties(root, plan, tensors, where)
     if not patched:
-        apply_plan(model, config, plan)
+        apply_plan(model, config, plan, new=False)
     for parameter in by_hand.values():
         parameter.requires_grad_(True)
     live = {**adapter_tensors(model), **by_hand}

@@ -222,6 +222,23 @@ class AdapterConfig:
         """Make a group's tensors, which the model owns; by default none."""
         return {}
 
+    def begin(
+        self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: LayerSpec, weight: Tensor
+    ) -> None:
+        """Set a new adapter's tensors from the base's weight, in place; by default nothing.
+
+        Called without grad for every layer of a new adapter, not of a loaded one. The base must not
+        be changed: put the product that PiSSA subtracts into tensors that are no Parameters, which
+        files have as well.
+
+        Args:
+            own: the layer's tensors by name.
+            pool: the group's tensors by name.
+            spec: the layer.
+            weight: W (out, in), or (experts, out, in), dequantized; float32, or float64 over
+                float64.
+        """
+
     def factors(
         self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: LayerSpec
     ) -> Factors:

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from rasa_ext.base_layers.linear import is_linear, linear_shape
-from rasa_ext.base_layers.survey import StackedBase, base_of
+from rasa_ext.base_layers.survey import Base, LinearBase, StackedBase, base_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.nn.adapter import AdaptedModule
+from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.packs import Decoding, PackSet
 from rasa_ext.nn.rasa import ContainerPool, RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
@@ -193,8 +193,11 @@ def plan_layers(
     return chosen, plan
 
 
-def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
-    """Apply a plan that ``make_plan`` made for this model and config."""
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan, new: bool = True) -> None:
+    """Apply a plan that ``make_plan`` made for this model and config.
+
+    A ``new`` adapter is not about to be loaded from a file.
+    """
     # The only import against the order of folders: files are written from models.
     from rasa_ext.checkpoint.pretrained import let_it_save
 
@@ -212,12 +215,15 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         pool, packs = pool_kind(tensors) if tensors else None, PackSet(decoding)
         pools += [pool] if pool else []
         for base, spec in zip(bases.values(), specs, strict=True):
+            owner: RasaExpertWeight | RasaLinear
             if isinstance(base, StackedBase):
-                stack = RasaExpertWeight(config, spec, pool, packs)
-                stacked.setdefault(base.module, {})[base.key] = stack
+                owner = RasaExpertWeight(config, spec, pool, packs)
+                stacked.setdefault(base.module, {})[base.key] = owner
             else:
                 kind = RasaLinear if base.split is None else SplitRasaLinear
-                wrapped[base.module] = kind(base.module, config, spec, pool, packs)
+                owner = wrapped[base.module] = kind(base.module, config, spec, pool, packs)
+            if new:
+                begin_with_weight(config, owner.adapter(), base)
     experts = {module: RasaExperts(module, stacks) for module, stacks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(
@@ -245,6 +251,29 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         *let_it_save(model),
         model.register_load_state_dict_pre_hook(_restore),
     ]
+
+
+@torch.no_grad()
+def begin_with_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> None:
+    """Call ``config.begin`` for a layer, if the method has it.
+
+    Raises:
+        ValueError: the base's weight cannot be read.
+    """
+    own, spec = adapter.own, adapter.spec
+    if type(config).begin is AdapterConfig.begin or any(tensor.is_meta for tensor in own.values()):
+        return
+    split = isinstance(base, LinearBase) and base.split is not None
+    merged = getattr(adapter.owner, "merged_base", None) is not None
+    weight = None if split or merged else base.values()
+    if weight is None or weight.is_meta or not weight.is_floating_point():
+        raise ValueError(
+            f"config: expected a base whose weights can be read, since {config.method!r} begins "
+            f"with them, but {spec.name!r} is split over processes, offloaded, merged, or a stack "
+            "of packed experts; make and save the adapter over a whole model, then load it."
+        )
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    config.begin(own, adapter.pool, spec, weight.to(wide))
 
 
 def _restore(model: nn.Module, *_: Any) -> None:

@@ -16,7 +16,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import (
-    LinearLayer,
     check_weight_is_stored,
     is_conv1d,
     stored_weight,
@@ -35,6 +34,7 @@ from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
 from rasa_ext.patching.merge import check_own_weights
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
+from rasa_ext.patching.patch import begin_with_weight
 from rasa_ext.patching.swap import (
     link_layers,
     prepare_model,
@@ -102,7 +102,7 @@ class RasaModel(BaseTuner):
         The model's modules are then unchanged.
         """
         keys = kwargs.get("state_dict")
-        self._groups: dict[str, tuple[Group, list[LayerSpec]]] | None = None
+        self._groups: dict[str, tuple[Group, list[LayerSpec], Base]] | None = None
         self._given = None if keys is None else {_layer_of(key) for key in keys}
         self._frozen: list[nn.Parameter] = []
         own = self.peft_config[adapter_name]
@@ -201,11 +201,11 @@ class RasaModel(BaseTuner):
             self._groups = self._find_groups(own)
         if current_key not in self._groups:  # stacked weights of another adapter
             return
-        group, specs = self._groups[current_key]
+        group, specs, base = self._groups[current_key]
         if isinstance(target, NamedAdapters):
             layer = target
         else:  # linear, as _find_groups checked
-            base = LinearBase(cast(LinearLayer, target))
+            assert isinstance(base, LinearBase)
             kind = RasaPeftLinear if base.split is None else SplitPeftLinear
             layer = kind(base.module, backend_of(base.module, self.model))
             replace_modules(self.model, {target: layer})  # a module may be registered twice
@@ -215,6 +215,8 @@ class RasaModel(BaseTuner):
         layer.update_layer(
             adapter_name, own.core(), specs, index, owner, self._decoding, pools, own.init_weights
         )
+        if not own.inference_mode:
+            begin_with_weight(own.core(), layer.named(adapter_name), base)
 
     def _pools_of(self, name: str) -> nn.Module:
         """Return the tuner's module for the pools of groups that begin with this layer."""
@@ -226,8 +228,10 @@ class RasaModel(BaseTuner):
         found: nn.Module = self.rasa_pools[key]
         return found
 
-    def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[LayerSpec]]]:
-        """Return the group and specs of every layer that PEFT will adapt, by layer name."""
+    def _find_groups(
+        self, peft_config: RasaConfig
+    ) -> dict[str, tuple[Group, list[LayerSpec], Base]]:
+        """Return group, specs and base of every layer that PEFT will adapt, by layer name."""
         (linears, stacks), config = bases_of(self.model), peft_config.core()
         stacks = stacks if config.grouping_of_experts else {}
         reasons = survey(self.model, linears, stacks).refused
@@ -250,11 +254,11 @@ class RasaModel(BaseTuner):
                 check_base(name, linears[name])
             bases[name] = linears[name]
         groups = group_layers(config, bases, "rasa_groups")
-        found = {}
+        found: dict[str, tuple[Group, list[LayerSpec], Base]] = {}
         for group in groups:
             group.planned(config)  # the method's own checks, before anything changes
             specs = group.specs(*(bases[name].device for name in group.names))
-            found.update(dict.fromkeys(group.names, (group, specs)))
+            found |= {name: (group, specs, bases[name]) for name in group.names}
         chosen = {base.module for base in bases.values() if isinstance(base, LinearBase)}
         changed = prepare_model(self.model, chosen, hide_quantizer=False)
         self._attributes_before += tuple(changed)

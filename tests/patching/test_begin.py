@@ -1,0 +1,190 @@
+"""PiSSA, a method from outside that begins with the base's weights: a LoRA and a RaSA."""
+
+import copy
+import dataclasses
+from typing import ClassVar
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import rasa_ext
+import rasa_ext.peft
+from rasa_ext import methods
+from rasa_ext.methods import Factors
+from tests.helpers import quantized
+from tests.helpers.adapters import adapted_layers, same_adapters, same_bits
+from tests.helpers.peft import TOKENS, logits
+from tests.helpers.tiny_lm import make_model
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of the largest ``rank`` singular values, whose roots both have."""
+    U, S, V = torch.linalg.svd(weight, full_matrices=False)
+    root = S[:rank].sqrt()
+    return root[:, None] * V[:rank], U[:, :rank] * root
+
+
+@dataclasses.dataclass(frozen=True)
+class PissaConfig(methods.LoraConfig):
+    """PiSSA (arXiv 2404.02948): dW = s (B A - B_0 A_0), which begins at 0."""
+
+    method: ClassVar[str] = "pissa"
+
+    def layer_tensors(self, spec) -> dict[str, Tensor]:
+        own = super().layer_tensors(spec)
+        return own | {f"{name}_0": torch.zeros_like(own[name].detach()) for name in "AB"}
+
+    def begin(self, own, pool, spec, weight) -> None:
+        A, B = largest(weight, self.rank)
+        for name, value in (("A", A), ("B", B)):
+            value = value / self.scale**0.5
+            own[name].copy_(value)
+            own[f"{name}_0"].copy_(value)
+
+    def factors(self, own, pool, spec) -> Factors:
+        A, B = torch.cat([own["A"], own["A_0"]]), torch.cat([own["B"], -own["B_0"]], 1)
+        return Factors(A, None, B, None, A.new_full((len(A),), self.scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class PissaRasaConfig(rasa_ext.RasaConfig):
+    """RaSA whose private ranks begin as PiSSA's."""
+
+    method: ClassVar[str] = "pissa_rasa"
+
+    def layer_tensors(self, spec) -> dict[str, Tensor]:
+        own = super().layer_tensors(spec)
+        return own | {f"{name}_0": torch.zeros_like(own[name].detach()) for name in "AB"}
+
+    def begin(self, own, pool, spec, weight) -> None:
+        A, B = largest(weight, self.rank - self.k)
+        own["A"].copy_(A)
+        own["B"].copy_(B / own["d"][: len(A)])
+        own["A_0"].copy_(A)
+        own["B_0"].copy_(B)
+
+    def factors(self, own, pool, spec) -> Factors:
+        A, B = torch.cat([own["A"], own["A_0"]]), torch.cat([own["B"], -own["B_0"]], 1)
+        mine, shared = own["d"].split([len(own["A"]), len(own["d"]) - len(own["A"])])
+        d = torch.cat([mine, torch.ones_like(mine), shared])
+        return Factors(A, pool.get("A"), B, pool.get("B"), d)
+
+
+CONFIGS = {
+    "lora": PissaConfig(rank=4, alpha=8.0, target_modules=TARGETS),
+    "rasa": PissaRasaConfig(rank=4, k=1, target_modules=TARGETS),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request) -> methods.AdapterConfig:
+    return CONFIGS[request.param]
+
+
+def under_peft(config: methods.AdapterConfig, base: torch.nn.Module) -> peft.PeftModel:
+    if isinstance(config, PissaConfig):
+        given = {"rasa_alpha": config.alpha}
+    else:
+        given = {"rasa_k": config.k, "rasa_alpha": config.alpha}
+    given |= {"r": config.rank, "rasa_method": config.method, "target_modules": TARGETS}
+    return peft.get_peft_model(base, rasa_ext.peft.RasaConfig(**given))
+
+
+def train(model: torch.nn.Module, steps: int = 5) -> torch.nn.Module:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for _ in range(steps):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("front", ["ours", "peft"])
+def test_a_lora_equals_pissa_of_peft(front):
+    config = CONFIGS["lora"]
+    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": "pissa"}
+    theirs = train(peft.get_peft_model(make_model(), peft.LoraConfig(**options)))
+    if front == "ours":
+        ours = train(rasa_ext.patch_model(make_model(), config=config))
+    else:
+        ours = train(under_peft(config, make_model()))
+    expected = logits(theirs)
+    moved = (expected - logits(make_model())).norm() / expected.norm()
+    assert moved > 1e-2
+    assert (logits(ours) - expected).norm() / expected.norm() < 1e-5
+
+
+def test_training_begins_at_the_base_with_its_largest_ranks(config):
+    base = make_model()
+    model = rasa_ext.patch_model(copy.deepcopy(base), config=config)
+    torch.testing.assert_close(logits(model), logits(base), atol=1e-4, rtol=1e-4)
+    weights = dict(base.named_parameters())
+    for name, layer in adapted_layers(model).items():
+        A, B = layer.A, layer.B
+        scale = layer.d[: len(A)] if "d" in layer.own_tensors() else config.scale
+        U, S, V = torch.linalg.svd(weights[f"{name}.weight"].double(), full_matrices=False)
+        best = U[:, : len(A)] * S[: len(A)] @ V[: len(A)]
+        torch.testing.assert_close((B * scale @ A).double(), best, atol=1e-5, rtol=1e-4)
+
+
+def test_save_load_merge_export_and_unpatch_are_exact(config, tmp_path):
+    base = make_model()
+    model = train(rasa_ext.patch_model(copy.deepcopy(base), config=config))
+    expected = logits(model)
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path / "adapter")
+    assert same_adapters(loaded, model)
+    assert torch.equal(logits(loaded), expected)
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(by_peft), expected, atol=1e-4, rtol=1e-4)
+    rasa_ext.export_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), expected, atol=1e-4, rtol=1e-4)
+    merged = rasa_ext.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    rasa_ext.unpatch(model)
+    assert all(map(same_bits, model.state_dict().values(), base.state_dict().values()))
+
+
+def test_a_loaded_adapter_does_not_read_the_weights(config, tmp_path, monkeypatch):
+    rasa_ext.save_adapter(rasa_ext.patch_model(make_model(), config=config), tmp_path)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    rasa_ext.load_adapter(make_model(), tmp_path)
+    peft.PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+def test_a_quantized_base_is_read_dequantized(config):
+    model = quantized.make_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = quantized.bits4(layer.mlp.down_proj)
+    plain = rasa_ext.patch_model(copy.deepcopy(model), target_modules=TARGETS)  # B is 0
+    before = logits(plain)
+    model = rasa_ext.patch_model(model, config=config)
+    torch.testing.assert_close(logits(model), before, atol=1e-3, rtol=1e-3)
+    assert adapted_layers(model)["model.layers.0.mlp.down_proj"].B_0.any()
+
+
+def test_weights_that_are_elsewhere_are_refused(config):
+    model = accelerate.cpu_offload(make_model(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"config: .*model\.layers\.0\.self_attn\.q_proj"):
+        rasa_ext.patch_model(model, config=config)
+    assert not hasattr(model, "rasa_pools")
+
+
+def test_a_model_on_meta_is_planned():
+    with torch.device("meta"):
+        model = make_model()
+    rasa_ext.patch_model(model, config=CONFIGS["lora"])
+
+
+def test_a_merged_layer_is_refused(config):
+    model = under_peft(config, make_model())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="config"):
+        model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
