@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rasa_ext.base_layers.sharded import is_sharded
 from rasa_ext.methods.base import AdapterConfig, Rate
-from rasa_ext.nn.adapter import drop_packs
+from rasa_ext.nn.adapter import adapted_modules, drop_packs
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import (
     adapted_layers,
-    adapter_parameters,
     check_unmerged,
     owners,
     patch_state,
@@ -32,39 +31,56 @@ Config = TypeVar("Config", bound=AdapterConfig)
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, *, weight_decay: float = 0.0, eps: float | None = None
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    eps: float | None = None,
+    loraplus_lr_ratio: float = 1.0,
+    d_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups for a patched model, with the method's rates.
+    """Return an optimizer's parameter groups, with the method's rates and LoRA+'s.
 
-    The rates come from ``AdapterConfig.learning_rates``. All other parameters that are trained
-    share one group, those of ``modules_to_save`` as well.
+    The method's rates come from ``AdapterConfig.learning_rates``. All other parameters that are
+    trained share one group, those of ``modules_to_save`` as well.
 
     Args:
-        model: a patched model.
+        model: a patched model, or PEFT's model of an adapter of this package.
         lr: the learning rate.
         weight_decay: weight decay of parameters without a rate of their own.
         eps: Adam's eps for all groups. Defaults to the optimizer's.
+        loraplus_lr_ratio: factor on the rate of B and of the pool's B (LoRA+, arXiv 2402.12354).
+        d_lr_ratio: factor on the rate of the diagonal d.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and, if given, ``eps``. No group is empty.
 
     Raises:
-        TypeError, ValueError: the model is no module, or not patched.
+        TypeError, ValueError: the model is no module, or has no such adapter, or no trained tensor
+            has the name to which a ratio applies.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> groups = rasa_ext.training.parameter_groups(model, lr=5e-4)
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    config = patch_state(model).config
-    rates: dict[int, Rate] = {}
-    for _, owner in owners(model):
-        for name, rate in config.learning_rates(owner.spec).items():
-            rates[id(owner.own_tensors()[name])] = rate
+    ratios = {"B": loraplus_lr_ratio, "d": d_lr_ratio}
+    rates: dict[Any, Rate] = {}
+    trained: set[str] = set()
+    for adapter in (adapter for module in adapted_modules(model) for adapter in module.adapters()):
+        own = cast(AdapterConfig, adapter.config).learning_rates(adapter.spec)
+        tensors = [(name, tensor, own.get(name, Rate())) for name, tensor in adapter.own.items()]
+        tensors += [(name, tensor, Rate()) for name, tensor in adapter.pool.items()]
+        for name, tensor, rate in tensors:
+            rates[tensor] = rate._replace(lr=rate.lr * ratios.get(name, 1.0))
+            trained |= {name} if tensor.requires_grad else set()
+    for argument, name in (("loraplus_lr_ratio", "B"), ("d_lr_ratio", "d")):
+        if ratios[name] != 1 and name not in trained:
+            raise ValueError(f"{argument}: expected 1, since no trained tensor is called {name!r}.")
     by_rate: dict[Rate, list[nn.Parameter]] = {}
-    for parameter in dict.fromkeys([*adapter_parameters(model), *model.parameters()]):
+    for parameter in dict.fromkeys([*rates, *model.parameters()]):
         if parameter.requires_grad:
-            by_rate.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
+            by_rate.setdefault(rates.get(parameter, Rate()), []).append(parameter)
     groups: list[dict[str, Any]] = []
     for rate, parameters in by_rate.items():
         decay = weight_decay * rate.weight_decay

@@ -211,6 +211,12 @@ def drop_packs(model: nn.Module) -> None:
         ...     _ = parameter.data.mul_(0.5)  # or torch.distributed.broadcast(parameter, src=0)
         >>> rasa_ext.drop_packs(model)
     """
+    for module in adapted_modules(model):
+        module.drop_pack()
+
+
+def adapted_modules(model: nn.Module) -> list[AdaptedModule]:
+    """List the modules with adapters; raise TypeError or ValueError if there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     adapted = [module for module in model.modules() if isinstance(module, AdaptedModule)]
@@ -218,5 +224,4 @@ def drop_packs(model: nn.Module) -> None:
         raise ValueError(
             f"model: expected one with adapters of rasa_ext, got a {type(model).__name__} without."
         )
-    for module in adapted:
-        module.drop_pack()
+    return adapted

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
-from rasa_ext.peft import RasaPeftLinear
+from rasa_ext.peft import RasaConfig, RasaPeftLinear
 from tests.helpers.adapters import same_bits
 from tests.helpers.peft import tiny, trained
 from tests.helpers.peft_sides import LINEAR, Side, sides
+from tests.helpers.tiny_lm import make_model
 from tests.helpers.trainers import QUIET
 
 
@@ -97,3 +98,32 @@ def test_a_resumed_run_has_identical_losses(side, reentrant, dropout, tmp_path):
     for load in (PeftModel.from_pretrained, rasa_ext.load_adapter):
         again = load(side.base(**wide(side)), tmp_path / "checkpoint-6")
         assert torch.equal(side.logits(again), side.logits(whole))
+
+
+@pytest.mark.parametrize("front", ["ours", "peft"])
+def test_lora_plus_and_the_rate_of_d(front):
+    base = make_model()
+    if front == "ours":
+        model = rasa_ext.patch_model(base, rank=4, k=1)
+    else:
+        model = get_peft_model(base, RasaConfig(r=4, rasa_k=1))
+    options = {"loraplus_lr_ratio": 16.0, "d_lr_ratio": 0.5, "weight_decay": 0.1}
+    groups = rasa_ext.training.parameter_groups(model, 1e-3, **options)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    expected = {"A": 1e-3, "B": 16e-3, "d": 0.5e-3}
+    seen = set()
+    for name, parameter in trained(model).items():
+        kind = name.removesuffix(".default").rpartition(".")[2].rpartition("_")[2]
+        seen.add(kind)
+        assert rates.pop(id(parameter)) == pytest.approx(expected[kind])
+    assert not rates
+    assert seen == {"A", "B", "d"}
+    assert {group["weight_decay"] for group in groups} == {0.1}
+
+
+def test_a_rate_of_a_tensor_that_is_not_trained():
+    model = rasa_ext.patch_model(make_model(), config=rasa_ext.methods.LoraConfig(rank=2))
+    with pytest.raises(ValueError, match="d_lr_ratio"):
+        rasa_ext.training.parameter_groups(model, 1e-3, d_lr_ratio=2.0)
+    with pytest.raises(ValueError, match="model"):
+        rasa_ext.training.parameter_groups(torch.nn.Linear(2, 2), 1e-3)
