@@ -23,6 +23,7 @@ from rasa_ext.patching.targets import Plan
 
 CARD = "README.md"
 
+CARD_LINE = "PEFT reads this adapter after `import rasa_ext.peft`, of the package `rasa-ext`."
 _SEAL = re.compile(r"\n<!-- Written by rasa_ext [^\n]*: ([0-9a-f]{64}) -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
@@ -167,7 +168,7 @@ def adapter_card(
     return compose(
         head_fields(base, task, card, "rasa_ext", [config.method, "lora"]),
         title(f"{config.title} adapter", base),
-        f"Written by rasa_ext {__version__}.",
+        f"Written by rasa_ext {__version__}. {CARD_LINE}",
         {
             **about(base, config),
             "adapted": f"{sum(len(group.names) for group in plan.groups)} layers",

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from peft import PeftConfig
 
 from rasa_ext import methods
 from rasa_ext._version import __version__
+from rasa_ext.checkpoint.card import CARD_LINE
 from rasa_ext.methods.base import ALL_LINEAR, BIASES, AdapterConfig, groups_to_json, key_of
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import tokens_to_json
@@ -164,6 +166,15 @@ class RasaConfig(PeftConfig):
             settings["rank_pattern"] = dict(self.rank_pattern)  # json would write a false one as {}
         keys = {f"rasa_{name}" for name in settings.pop("rasa_options") or ()}
         return settings | {key: value for key, value in written.items() if key in keys}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config, and into PEFT's card that a reader needs this package."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory, "README.md")
+        text = path.read_text(encoding="utf-8") if path.is_file() else CARD_LINE
+        if CARD_LINE not in text:
+            head, title, rest = text.partition("\n# ")
+            path.write_text(f"{head}\n{CARD_LINE}\n{title}{rest}", encoding="utf-8")
 
     def why_not_trained(self) -> str:
         """Return why PEFT cannot train the method, or "" if it can. It can read every method."""

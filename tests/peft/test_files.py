@@ -197,3 +197,14 @@ def test_generate():
     merged = model.merge_and_unload()
     assert torch.equal(merged.generate(input_ids=prompt, **options), tokens)
     assert not torch.equal(base, tokens)
+
+
+def test_peft_s_card_says_what_a_reader_needs(tmp_path):
+    model = tiny()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import rasa_ext.peft") == 1
+    assert card.startswith("---\n")
+    assert card.index("import rasa_ext.peft") < card.index("# Model Card")
+    assert card.index("library_name: peft") < card.index("import rasa_ext.peft")
