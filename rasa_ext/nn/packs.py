@@ -94,8 +94,10 @@ class PackSet:
         """Return an adapter's pack in ``dtype``, with ports if gradients are needed."""
         index, sources, grad = adapter.spec.index, adapter.sources(), torch.is_grad_enabled()
         device = sources[0].device
-        if is_compiling() or _is_capturing(device):
+        if is_compiling():
             return _alone(adapter, dtype)
+        if _is_capturing(device):
+            return _alone(adapter, dtype, by_group=True)
         cache = self._caches.get((dtype, device))
         entry = None if cache is None else cache.entry(index, sources, grad, self._decoding.now)
         if entry is None:
@@ -310,14 +312,18 @@ def _is_direct(sources: Sequence[Tensor], factors: Factors) -> bool:
     return all(t is None or id(t) in known or not t.requires_grad for t in factors)
 
 
-def _alone(adapter: Adapter, dtype: torch.dtype) -> Packed:
-    """Pack one layer."""
+def _alone(adapter: Adapter, dtype: torch.dtype, by_group: bool = False) -> Packed:
+    """Pack one layer, with grad by PyTorch's operations or, if possible, ``by_group``'s.
+
+    The group's operations are two kernels of 14, but slower for one layer on a CPU.
+    """
     gather(adapter.sources())
-    factors = adapter.factors()
-    if torch.is_grad_enabled() and any(source.requires_grad for source in adapter.sources()):
+    factors, sources = adapter.factors(), adapter.sources()
+    trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    if trained and not (by_group and _is_direct(sources, factors)):
         return pack_alone(factors, dtype)
-    Ap, Bp = pack_layers([factors], dtype)
-    return Packed(Ap[0], Bp[0])
+    packs = pack_layers([factors], dtype)
+    return Packed(packs[0][0], packs[1][0], *(ports(packs, [factors])[0] if trained else ()))
 
 
 def pack_alone(factors: Factors, dtype: torch.dtype) -> Packed:

@@ -378,6 +378,32 @@ def test_a_capture_packs_each_layer_and_neither_reads_nor_keeps(monkeypatch, pac
         assert len(packs) == 1 + 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_packs_by_the_operators_of_groups(dtype, monkeypatch):
+    base = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))).to(dtype)
+    model, x = patched(base).train(), X[0].to(dtype)
+    by_group = mock.Mock(wraps=ops.pack_group)
+    monkeypatch.setattr(ops, "pack_group", by_group)
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        y = model(x)
+        loss(y.float()).backward()
+        return y, [p.grad for p in model.parameters() if p.requires_grad]
+
+    monkeypatch.setattr(module_of_packs, "is_compiling", lambda: True)
+    expected, grads = step()
+    assert not by_group.called
+    monkeypatch.setattr(module_of_packs, "is_compiling", lambda: False)
+    monkeypatch.setattr(module_of_packs, "_is_capturing", lambda device: True)
+    y, again = step()
+    assert by_group.call_count == len(base)
+    assert torch.equal(y, expected)
+    assert len(grads) == 3 * len(base) + 2
+    for grad, other in zip(again, grads, strict=True):
+        torch.testing.assert_close(grad, other, atol=0, rtol=1e-6)
+
+
 def test_the_packs_own_device_is_asked_whether_it_captures(monkeypatch):
     """A graph is captured on device 1, then on device 0, while device 0 is current."""
     current, capturing = [0], 1
