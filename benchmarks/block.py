@@ -283,6 +283,8 @@ def main() -> None:
         name: roofline.measure(given.device, getattr(torch, name), given.quick)
         for name in given.dtype
     }
+    for name, measured in peaks.items():
+        results.add(**measured.row(given.device, name))
     budget = Budget(given.seconds)
     for index, (name, (kind, block, M, rank, k, dropout)) in enumerate(todo):
         if index and budget.left() <= 0:

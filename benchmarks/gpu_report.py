@@ -45,7 +45,7 @@ def stages(device: str, quick: bool, work: Path) -> list[Stage]:
         Stage("operators once", once, 20),
         bench("step", "block", 120, "step"),
         tests(cuda, quick, work),
-        bench("one linear", "ops", 30, "products", "one"),
+        bench("one linear", "ops", 20, "products", "one"),
         bench("all layers", "ops", 25, "model"),
         bench("decode", "block", 20, "decode"),
         bench("growth", "block", 15, "growth"),
@@ -59,11 +59,15 @@ def stages(device: str, quick: bool, work: Path) -> list[Stage]:
     small = ("--quick",) if quick else ()
     traffic = (PYTHON, "-m", "benchmarks.traffic", "--device", device)
     traffic = (*traffic, "--json", str(work / "traffic.json"), *small)
+    more = bench("one linear, 264 blocks", "ops", 10, "products")
+    more.variables["RASA_EXT_SKINNY_BLOCKS"] = "264"  # two on each multiprocessor of an H100
     return [
         build,
         *found[:3],
         *sanitizers(once),
-        *found[3:],
+        found[3],
+        more,
+        *found[4:],
         Stage("traffic", traffic, 40, "traffic.json", "ncu"),
         # Last, since compiling takes long and is only a baseline.
         bench("compiled", "block", 40, "compiled"),

@@ -43,12 +43,7 @@ class Bench:
         self.M = 24 if given.quick else 8192 if on_gpu else 512
         self.peaks = roofline.measure(given.device, self.dtype, given.quick)
         self.results = Results(given.json, given.device)
-        self.results.add(
-            what="peaks",
-            dtype=given.dtype,
-            copy_gb_s=self.peaks.bandwidth / 1e9,
-            gemm_tflop_s=self.peaks.flops / 1e12,
-        )
+        self.results.add(**self.peaks.row(given.device, given.dtype))
 
     def one_linear(self, block: Block, linear: Linear, seconds: float) -> None:
         """Measure every operator of one linear."""

@@ -322,16 +322,18 @@ class Tensor:
 KERNELS = ("down", "grad", "both")  # of csrc/cuda/skinny.cuh
 
 
-def down_parts(tokens: int, features: int) -> int:
+def down_parts(tokens: int, features: int, blocks: int = 132) -> int:
     """Return the number of partial sums of ``down``, as csrc/cuda/heuristics.cuh chooses it."""
-    most = max(1, min(132 // math.ceil(tokens / 128), features // 256))
+    most = max(1, min(blocks // math.ceil(tokens / 128), features // 256))
     return math.ceil(features / (64 * math.ceil(math.ceil(features / most) / 64)))
 
 
-def grad_groups(tokens: int, features: int, tile_tokens: int, tile_features: int) -> int:
+def grad_groups(
+    tokens: int, features: int, tile_tokens: int, tile_features: int, blocks: int = 132
+) -> int:
     """Return the number of partial sums of ``grad``, as csrc/cuda/heuristics.cuh chooses it."""
     slices = math.ceil(features / tile_features)
-    most = max(1, min(132 // slices, 16, tokens // (4 * tile_tokens)))
+    most = max(1, min(blocks // slices, 16, tokens // (4 * tile_tokens)))
     return math.ceil(tokens / (tile_tokens * math.ceil(math.ceil(tokens / most) / tile_tokens)))
 
 

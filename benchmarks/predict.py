@@ -27,7 +27,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,6 +56,8 @@ class Card(roofline.Peaks):
 CARDS = {
     # NVIDIA, H100 Tensor Core GPU datasheet (SXM) and Hopper architecture white paper.
     "H100": Card(3.35e12, 989.4e12, 50e6),
+    # NVIDIA, H200 Tensor Core GPU datasheet (SXM): the H100's chip with faster memory.
+    "H200": Card(4.8e12, 989.4e12, 50e6),
     # NVIDIA, A100 80GB datasheet (SXM) and Ampere architecture white paper.
     "A100-80G": Card(2.039e12, 312e12, 40e6),
     # NVIDIA, L40S datasheet; the L2 cache of AD102 in the Ada architecture white paper.
@@ -63,6 +65,15 @@ CARDS = {
     # NVIDIA, Ada architecture white paper: accumulation in float32.
     "RTX-4090": Card(1.008e12, 165.2e12, 72e6),
 }
+
+
+def card_of(row: dict[str, Any]) -> Card:
+    """Return the card on which ``benchmarks.block`` measured the peaks in ``row``.
+
+    Assumed shares are of published figures, which measured copies and products do not reach.
+    """
+    bandwidth, flops = 1e9 * row["copy_gb_s"], 1e12 * row["gemm_tflop_s"]
+    return Card(bandwidth / GPU.stream, flops / GPU.base_rate, 1e6 * row["l2_mb"])
 
 
 class Assumptions(NamedTuple):
@@ -133,7 +144,7 @@ class Prediction(NamedTuple):
 
 
 def step(
-    model: str, tokens: int, rank: int, card: str, variant: str, dropout: float = 0.0
+    model: str, tokens: int, rank: int, card: str | Card, variant: str, dropout: float = 0.0
 ) -> Prediction:
     """Predict a training step.
 
@@ -142,7 +153,7 @@ def step(
         tokens: M of one micro-batch.
         rank: r of the adapter, with k = max(r // 8, 1). "peft r" has this rank; all others but
             the frozen layer have R = r - k + L*k.
-        card: name in ``CARDS``, or "cpu" for this machine, measured, in float32.
+        card: a card, a name in ``CARDS``, or "cpu" for this machine, measured, in float32.
         variant: name in ``VARIANTS``.
         dropout: probability on the adapter's input.
 
@@ -150,7 +161,7 @@ def step(
         ValueError: a name is unknown, or a number is out of range.
     """
     layer = find(model)
-    if card not in (*CARDS, "cpu"):
+    if isinstance(card, str) and card not in (*CARDS, "cpu"):
         raise ValueError(f"card: expected one of {', '.join((*CARDS, 'cpu'))}, got {card!r}.")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}.")
@@ -162,7 +173,8 @@ def step(
         if variant.endswith(" graph"):
             raise ValueError(f"variant: expected one that runs on a CPU, got {variant!r}.")
         return timed(operations(layer, tokens, rank, variant, dropout, 4), variant, this_cpu(), CPU)
-    return timed(operations(layer, tokens, rank, variant, dropout), variant, CARDS[card], GPU)
+    known = CARDS[card] if isinstance(card, str) else card
+    return timed(operations(layer, tokens, rank, variant, dropout), variant, known, GPU)
 
 
 def find(model: str) -> Block:

@@ -7,6 +7,7 @@ limit of the run. ``time / bound`` is 1 for work that is as fast as the device a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +39,17 @@ class Peaks:
     def best(self, other: Peaks) -> Peaks:
         """Return the higher value of each."""
         return Peaks(max(self.bandwidth, other.bandwidth), max(self.flops, other.flops))
+
+    def row(self, device: str, dtype: str) -> dict[str, Any]:
+        """Return the row of a report that says what was measured, with the size of the L2 cache."""
+        cuda = device.startswith("cuda")
+        return {
+            "what": "peaks",
+            "dtype": dtype,
+            "copy_gb_s": self.bandwidth / 1e9,
+            "gemm_tflop_s": self.flops / 1e12,
+            "l2_mb": torch.cuda.get_device_properties(device).L2_cache_size / 1e6 if cuda else 0,
+        }
 
 
 def measure(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:

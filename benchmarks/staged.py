@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks import predict, records
+from benchmarks import block, predict, records
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -186,10 +186,11 @@ def markdown(report: dict[str, Any]) -> str:
         for each in report["stages"]
     ]
     state = "complete" if report["complete"] else "unfinished: only these stages ended"
+    lines += ["", "## Verdict", "", *verdict(report["stages"])]
     lines += ["", f"## Stages ({state})", "", records.table(shown)]
     for each in report["stages"]:
         if each.get("rows"):
-            rows = [with_prediction(row, head.get("card") or "") for row in each["rows"]]
+            rows = with_predictions(each["rows"])
             lines += ["", f"## {each['name'].capitalize()}", "", records.tables(rows)]
     for each in report["stages"]:
         if each["status"] in (*BAD, "cut"):
@@ -198,17 +199,59 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_prediction(row: dict[str, Any], card: str) -> dict[str, Any]:
+def verdict(stages: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines that decide: the first step's ratios, and what failed."""
+    rows = [r for each in stages for r in with_predictions(each.get("rows", ())) if is_step(r)]
+    first = [row for row in rows if all(row[key] == rows[0][key] for key in _CASE)]
+    us = {row["variant"]: row["us"] for row in first if "us" in row}
+    predicted = {row["variant"]: row.get("predicted_over_frozen") for row in first}
+
+    def over(variant: str, other: str) -> str:
+        return f"{us[variant] / us[other]:.3f}" if {variant, other} <= us.keys() else "not measured"
+
+    expected = records.shown(predicted.get("ours") or "nothing")
+    case = ", ".join(f"{key} {rows[0][key]}" for key in _CASE) if rows else "no step was measured"
+    bad = [f"{each['name']} {each['status']}: {said(each)}" for each in stages if is_bad(each)]
+    return [
+        f"- Step over frozen ({case}): ours {over('ours', 'frozen')}, predicted {expected}; "
+        f"PEFT r = 8 {over('peft r=8', 'frozen')}.",
+        f"- The kernels over cuBLAS: {over('ours', 'ours, cublas')}; below 1 they stay.",
+        f"- Fused projections over separate ones: {over('ours', 'ours, each alone')}.",
+        f"- Failed: {'; '.join(bad) or 'nothing'}.",
+        "",
+        *str(block.__doc__).partition("Columns:\n\n")[2].partition("\n\n``ours")[0].splitlines(),
+        "- predicted_us, predicted_over_frozen: benchmarks.predict, by the measured peaks.",
+    ]
+
+
+_CASE = ("block", "dtype", "M", "r", "dropout")
+
+
+def is_step(row: dict[str, Any]) -> bool:
+    return row.get("what") == "step" and "variant" in row
+
+
+def is_bad(stage: dict[str, Any]) -> bool:
+    counts = stage.get("counts") or {}
+    return stage["status"] in BAD or bool(counts.get("failures") or counts.get("errors"))
+
+
+def with_predictions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add predicted times to steps for which there is a prediction, from the peaks in ``rows``."""
+    card = next((predict.card_of(row) for row in rows if row.get("what") == "peaks"), None)
+    return [row if card is None else with_prediction(row, card) for row in rows]
+
+
+def with_prediction(row: dict[str, Any], card: predict.Card) -> dict[str, Any]:
     """Add predicted times to a step's row, if there is a prediction for it."""
-    known = next((name for name in predict.CARDS if name in card.replace(" ", "-")), None)
     names = {name.format(R=row.get("R")): its for name, its in predict.CHECKED.items()}
     names["ours, cublas"] = "ours fused cublas"
     variant = names.get(row.get("variant", ""))
-    if known is None or variant is None or row.get("what") != "step":
+    if variant is None or row.get("what") != "step":
         return row
     if row["block"] not in predict.MODELS or row["r"] != 8:
         return row
-    of = (row["block"], row["M"], row["r"], known)
+    of = (row["block"], row["M"], row["r"], card)
     dropout = row.get("dropout", 0.0)
     found, frozen = (predict.step(*of, name, dropout).ms for name in (variant, "frozen"))
     return {**row, "predicted_us": 1e3 * found, "predicted_over_frozen": found / frozen}

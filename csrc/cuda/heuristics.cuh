@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "numbers.cuh"
 
@@ -115,8 +116,13 @@ constexpr int kBothRanks = 96;
 constexpr int kSkinnyThreads = 256;
 
 // Blocks that fill a card: about one for each of an H100's 132 multiprocessors. More would hide
-// latency better, but each adds a float32 sum to write and read again.
-constexpr int kSkinnyBlocks = 132;
+// latency better, but each adds a float32 sum to write and read again. RASA_EXT_SKINNY_BLOCKS in
+// the environment sets another number. It is read at every call, so that one run can compare.
+inline int skinny_blocks() {
+  const char* chosen = std::getenv("RASA_EXT_SKINNY_BLOCKS");
+  const int blocks = chosen == nullptr ? 0 : std::atoi(chosen);
+  return blocks > 0 ? blocks : 132;
+}
 
 // Tokens and features of a `down` tile: 16 tokens per warp, and one cache line of each token.
 constexpr int kDownTokens = 128, kDownFeatures = 64;
@@ -134,7 +140,7 @@ constexpr int kRing = 3, kRingOfManyRanks = 2;
 // multiple of a tile, and if possible at least four tiles, since the ring takes a few to fill.
 inline int down_part(int tokens, int features) {
   const int tiles = (tokens + kDownTokens - 1) / kDownTokens;
-  const int parts = std::max(1, std::min(kSkinnyBlocks / tiles, features / (4 * kDownFeatures)));
+  const int parts = std::max(1, std::min(skinny_blocks() / tiles, features / (4 * kDownFeatures)));
   const int part = (features + parts - 1) / parts;
   return (part + kDownFeatures - 1) / kDownFeatures * kDownFeatures;
 }
@@ -144,7 +150,7 @@ inline int down_part(int tokens, int features) {
 inline int grad_group(int tokens, int features, int tile_tokens, int tile_features) {
   const int slices = (features + tile_features - 1) / tile_features;
   const int most = std::min(16, tokens / (4 * tile_tokens));
-  const int groups = std::max(1, std::min(kSkinnyBlocks / slices, most));
+  const int groups = std::max(1, std::min(skinny_blocks() / slices, most));
   const int group = (tokens + groups - 1) / groups;
   return (group + tile_tokens - 1) / tile_tokens * tile_tokens;
 }

@@ -40,7 +40,7 @@ def test_every_stage_runs_and_leaves_its_rows(tmp_path, forked_python):
     assert names == {"report.md", "report.json", "step.json", "tests.xml", "rest.tar.gz"}
     with tarfile.open(tmp_path / "rest.tar.gz") as archive:
         assert {"decode.json", "ours.trace.json"} < set(archive.getnames())
-    rows = {row["variant"]: row for row in stages["step"]["rows"] if row["dropout"]}
+    rows = {row["variant"]: row for row in stages["step"]["rows"] if row.get("dropout")}
     assert {"frozen", "official", "addmm", "peft r=8", "ours"} < set(rows)
     assert rows["frozen"]["over_frozen"] == 1
     assert rows["ours"]["saved"] < rows["official"]["saved"]
@@ -100,7 +100,8 @@ def test_ours_that_is_wrong_is_not_timed_and_the_others_are(monkeypatch, tmp_pat
     with pytest.raises(SystemExit) as end:
         block.main()
     assert end.value.code == 1
-    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    _peaks, *found = json.loads(path.read_text())["rows"]
+    rows = {row["variant"]: row for row in found}
     for name in ("ours", "ours, fused"):
         assert rows.pop(name)["failed"].startswith("differs from official in y of")
     assert {"frozen", "official", "addmm", "peft r=8"} < set(rows)
@@ -133,3 +134,28 @@ def test_projections_are_fused_in_ours_alone(monkeypatch):
         together.clear()
         case.step(module)()
         assert together == ([3, 2] if name == "ours, fused" else []), name
+
+
+def test_the_verdict_is_of_the_first_step_and_names_what_failed():
+    head = {"what": "step", "block": "llama-3.1-8b", "dtype": "bfloat16", "M": 8192, "r": 8}
+    us = {"frozen": 100, "ours": 110, "ours, cublas": 121, "ours, each alone": 115, "peft r=8": 130}
+    rows = [{"what": "peaks", "copy_gb_s": 3000, "gemm_tflop_s": 700, "l2_mb": 50}]
+    rows += [{**head, "dropout": d, "variant": v, "us": us[v] + d} for d in (0.0, 0.5) for v in us]
+    stage = {"seconds": 1.0, "budget": 1, "tail": "x", "command": "c"}
+    stages = [
+        {**stage, "name": "step", "status": "ok", "rows": rows},
+        {**stage, "name": "tests", "status": "failed", "exit": 1},
+    ]
+    report = {"machine": {"device": "cuda"}, "quick": False, "complete": True, "stages": stages}
+    text = staged.markdown(report)
+    lines = text[text.index("## Verdict") :].splitlines()[2:6]
+    assert "ours 1.100, predicted 1.1" in lines[0]
+    assert "PEFT r = 8 1.300" in lines[0]
+    assert "0.909" in lines[1]
+    assert "0.957" in lines[2]
+    assert "tests failed: x" in lines[3]
+    for column in ("over_frozen", "roofline", "host_us", "graph_us", "predicted_us"):
+        assert f" {column}:" in text or f" {column}," in text
+    faster = [{**rows[0], "copy_gb_s": 4000}, *rows[1:]]
+    slow, fast = (staged.with_predictions(each)[2]["predicted_us"] for each in (rows, faster))
+    assert fast < slow

@@ -112,18 +112,21 @@ def test_launches_of_skinny_products(kernels, tokens, rank, down, grad, count):
     assert launches(kernels, lambda: kernels.skinny(*places, *sizes)) == count
 
 
+@pytest.mark.parametrize("blocks", [132, 264])
 @pytest.mark.parametrize("tokens", [512, 4096, 8192, 100_000])
 @pytest.mark.parametrize("features", [64, 1024, 4096, 14336])
-def test_what_is_predicted_to_be_added_up(kernels, tokens, features):
+def test_what_is_predicted_to_be_added_up(kernels, tokens, features, blocks, monkeypatch):
     """benchmarks/passes.py predicts the partial sums that the kernels write."""
+    if blocks != 132:  # the default
+        monkeypatch.setenv("RASA_EXT_SKINNY_BLOCKS", str(blocks))
 
     def space(rank: int, down: bool, grad: bool) -> int:
         return kernels.skinny_workspace(tokens, features, rank, down, grad) // (4 * rank)
 
-    assert space(48, True, False) == tokens * passes.down_parts(tokens, features)
-    groups = passes.grad_groups(tokens, features, 64, 128)
+    assert space(48, True, False) == tokens * passes.down_parts(tokens, features, blocks)
+    groups = passes.grad_groups(tokens, features, 64, 128, blocks)
     assert space(48, False, True) == (groups > 1) * groups * features
-    groups = passes.grad_groups(tokens, features, 32, 256)
+    groups = passes.grad_groups(tokens, features, 32, 256, blocks)
     assert space(96, True, True) == tokens * -(-features // 256) + (groups > 1) * groups * features
 
 
