@@ -20,7 +20,7 @@ from typing import Any
 import typer
 import yaml
 
-TESTED = "1.13"
+TESTED = "1.16"
 """The version of TRL that the tests ran."""
 
 _OURS = {"r": "r", "alpha": "rasa_alpha", "dropout": "rasa_dropout"}
