@@ -23,6 +23,8 @@ import yaml
 TESTED = "1.16"
 """The version of TRL that the tests ran."""
 
+_held: list[Any] = []
+
 _OURS = {"r": "r", "alpha": "rasa_alpha", "dropout": "rasa_dropout"}
 _OURS |= {name: name for name in ("target_modules", "modules_to_save")}
 """Names in LoRA's options, after ``lora_``, and ours."""
@@ -78,7 +80,12 @@ def run(script: str, arguments: list[str]) -> None:
     """Run a script in this process."""
     module = prepared(script, arguments)
     parser = module.make_parser(prog=f"rasa-ext trl {script}")
-    module.main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=False))
+    parsed = parser.parse_args_and_config(arguments, fail_with_unknown_args=False)
+    # By now the arguments have begun the process group. If the trainer were the last to hold it,
+    # gloo could wait without end for a thread that waits for Python's lock, as in TRL's own script.
+    distributed = importlib.import_module("torch.distributed")
+    _held.append(distributed.group.WORLD if distributed.is_initialized() else None)
+    module.main(*parsed)
 
 
 def _from_trl(name: str, *attributes: str) -> ModuleType:
