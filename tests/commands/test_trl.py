@@ -81,11 +81,18 @@ def test_an_adapter_is_trained_saved_loaded_and_exported(script, folder, forked_
     )
 
 
-def test_accelerate_launches_a_script_with_a_config_of_trl_s(folder, forked_python):
-    options = ["--accelerate_config", "single_gpu", "--mixed_precision", "no"]
-    given = arguments("sft", folder, "launched", *options)
-    run_whole([forked_python, "-c", COMMAND, "trl", "sft", *given], cwd=folder)
-    assert [row["step"] for row in logged(folder / "launched")] == [1, 2]
+def test_processes_of_accelerate_train_as_one(folder, forked_python):
+    """TRL's configs are for GPUs; --use_cpu of the script selects CPUs, on which DDP runs."""
+    losses = []
+    for config in ("single_gpu", "multi_gpu", "fsdp2"):
+        processes, rows_of_each = ("1", "2") if config == "single_gpu" else ("2", "1")
+        options = ["--accelerate_config", config, "--num_processes", processes]
+        options += ["--mixed_precision", "no", "--per_device_train_batch_size", rows_of_each]
+        given = arguments("sft", folder, config, "--train_sampling_strategy", "sequential")
+        run_whole([forked_python, "-c", COMMAND, "trl", "sft", *given, *options], cwd=folder)
+        losses.append([row["loss"] for row in logged(folder / config)[:2]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_options_of_a_method_and_of_a_file(folder, forked_python):
