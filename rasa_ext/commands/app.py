@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that takes TRL's name for an option, or suggests ours."""
+    """A command that takes TRL's name for an option, or suggests ours, and each once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the arguments; raise BadParameter with our name for an option of TRL or PEFT."""
@@ -49,6 +49,10 @@ class _Command(typer.core.TyperCommand):
                     raise typer.BadParameter(f"{word}: did you mean {option}?")
                 word = f"{option}{equals}{value}"
             words.append(word)
+        order: list[Any] = self.make_parser(ctx).parse_args(list(words))[2]
+        for option in order:
+            if order.count(option) > 1 and not option.multiple:
+                raise typer.BadParameter("expected this option once.", param=option)
         return super().parse_args(ctx, words)
 
 

@@ -221,6 +221,13 @@ def test_a_name_of_another_program_is_answered_with_ours():
     assert "--lora-r=4: did you mean --rank?" in text
 
 
+def test_an_option_of_one_value_is_given_once():
+    words = ["finetune", "--model", "m", "--data", "d", "--data", "e"]
+    for once in ("--rank", "--learning_rate"):
+        text = invoke(*words, once, 4, once.replace("learning_rate", "lr"), 8, code=2)
+        assert f"'{once.replace('learning_rate', 'lr')}': expected this option once" in text
+
+
 def test_a_name_of_trl_s_stands_for_ours(tmp_path):
     words = ["--model_name_or_path", "m", "--data", "d", "--per-device-train-batch-size=0"]
     assert "batch_size: expected at least 1, got 0" in invoke("finetune", *words, code=1)
