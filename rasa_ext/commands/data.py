@@ -1,18 +1,24 @@
-"""Training data: rows of a file or of a hub data set, in the formats that TRL takes.
+"""Training data: rows of files or of hub data sets, in the formats that TRL takes.
 
 A row is ``{"prompt": str, "completion": str}``, ``{"messages": [{"role": ..., "content": ...},
 ...]}`` or ``{"text": str}``. The data may have other names for prompt and completion, and may have
-conversations in ShareGPT's format.
+conversations in ShareGPT's format. Conversations may call tools, which a row lists as ``tools``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
+import glob
+import gzip
 import io
 import json
+import random
+import re
 import signal
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,37 +37,51 @@ PLAIN_TEMPLATE = (
 )
 SECONDS = 5.0
 """Time for the chat template over one conversation."""
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES |= {name: name for name in ("system", "user", "assistant", "tool")}
+"""Roles in ShareGPT's format, and what chat templates call them."""
+_MORE = re.compile(r"\s*\S")
+_KEYS = {"from": "role", "value": "content"}  # of ShareGPT
+_KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
 
 
 class DataError(ValueError):
     """Invalid data. The message names the place and the expected form."""
 
 
-def check_source(source: str, option: str) -> None:
-    """Raise DataError, naming the option, if ``source`` is a path without a file."""
-    path = Path(source)
-    if path.is_file():
-        return
-    if path.is_dir() or path.suffix in _SUFFIXES or source.startswith((".", "/", "~")):
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise DataError(
-            f"{option}: expected a file ({', '.join(_SUFFIXES)}) or a hub data set, but {source} "
-            f"{what}."
-        )
+def files_of(sources: str | Sequence[str], option: str) -> list[str]:
+    """Return the files and hub data sets that an option names; patterns become files, sorted.
+
+    Raises DataError, naming the option, for a path or a pattern without a file.
+    """
+    files: list[str] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        there = [source] if Path(source).exists() else sorted(glob.glob(source))
+        named = [name for name in there if Path(name).is_file()]
+        local = source.removesuffix(".gz").endswith(_SUFFIXES) or source.startswith((".", "/", "~"))
+        if not named and (local or Path(source).is_dir() or glob.has_magic(source)):
+            what = "is a directory" if Path(source).is_dir() else "does not exist"
+            raise DataError(
+                f"{option}: expected a file ({', '.join(_SUFFIXES)}) or a hub data set, but "
+                f"{source} {what}."
+            )
+        files += named or [source]
+    return files
 
 
 def read_examples(
-    source: str,
+    source: str | Sequence[str],
     prompt_field: str = "prompt",
     completion_field: str = "completion",
     option: str = "data",
 ) -> list[Row]:
-    """Read the rows of a file, or of a hub data set's split ``train``.
+    """Read the rows of files, or of hub data sets' splits ``train``.
 
     Args:
-        source: a file of JSON Lines, a JSON array, CSV, Parquet, or text with one example per line;
-            or a data set's name.
+        source: a file of JSON Lines, a JSON array, CSV, TSV, Parquet, or text with one example per
+            line, which may be packed (.gz); a pattern such as ``train*.jsonl``; a data set's name;
+            or several of them.
         prompt_field: name of the prompt's field. With several names, separated by commas, the
             fields are joined by an empty line.
         completion_field: name of the completion's field.
@@ -71,7 +91,7 @@ def read_examples(
         One row per example, with the keys ``prompt`` and ``completion``, ``messages`` or ``text``.
 
     Raises:
-        ValueError: a line is invalid; the message names the line and the expected form. Or
+        ValueError: a row is invalid; the message names the line, the key and what was expected. Or
             ``source`` is neither a file nor a data set that loads; the message names the option.
 
     Example:
@@ -82,70 +102,84 @@ def read_examples(
         [{'prompt': '1 + 1', 'completion': '2'}]
     """
     names = [name.strip() for name in prompt_field.split(",")]
-    expected = (
-        f"an object with the strings {', '.join(map(repr, names))} and {completion_field!r}, the "
-        "last not empty (--prompt-field and --completion-field set other names), with 'messages', "
-        "a list of {'role': ..., 'content': ...} in which the assistant answers, with "
-        "'conversations', such a list of {'from': ..., 'value': ...}, or with only 'text'"
-    )
-    check_source(source, option)
-    rows = []
-    try:
-        for where, text, value in _values(source, option):
-            row = _row(value, names, completion_field)
-            if row is None:
-                text = text if len(text) <= 100 else f"{text[:97]}..."
-                raise DataError(f"{where}: expected {expected}, got {text}.")
-            rows.append(row)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        kind = Path(source).suffix
-        raise DataError(
-            f"{source}: expected {kind} in UTF-8, but it does not parse: {error}."
-        ) from None
-    if not rows:
-        raise DataError(f"{source}: expected at least one example, got an empty file.")
+    rows: list[Row] = []
+    for name in files_of(source, option):
+        before = len(rows)
+        try:
+            rows += (_row(*pair, names, completion_field) for pair in _values(name, option))
+        except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{name}: expected {Path(name).suffix}, but it does not parse: {error}."
+            ) from None
+        if len(rows) == before:
+            raise DataError(f"{name}: expected at least one example, got an empty file.")
     return rows
 
 
-def _values(source: str, option: str) -> Iterable[tuple[str, str, Any]]:
-    """Yield each value's place, text, and decoded value, or None if the text does not parse."""
+def _values(source: str, option: str) -> Iterable[tuple[str, Any]]:
+    """Return every value with its place."""
     path = Path(source)
-    if not path.is_file() or path.suffix == ".parquet":
-        values = _loaded(source, option)
-    elif path.suffix == ".csv":
-        return _table(path)
-    elif path.suffix == ".json" and path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        values = json.loads(path.read_text("utf-8-sig"))
-    else:
-        return _lines(path)
-    return ((f"{source}, row {i}", str(row), row) for i, row in enumerate(values))
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if not path.is_file() or kind == ".parquet":
+        return ((f"{source}, row {i}", row) for i, row in enumerate(_loaded(source, option)))
+    text = _text(path)
+    if kind in (".csv", ".tsv"):
+        return _table(source, text, "\t" if kind == ".tsv" else ",")
+    if kind != ".txt":
+        return _objects(source, text)
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    return ((f"{source}, line {i}", {"text": t.rstrip("\n")}) for i, t in lines if t.strip())
 
 
-def _lines(path: Path) -> Iterable[tuple[str, str, Any]]:
-    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
-        text = raw.decode("utf-8-sig", errors="replace").strip()
-        if not text:
-            continue
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
+    if raw.startswith(b"PK\3\4"):
+        raise DataError(f"{path}: expected text, got a spreadsheet or a zip; save it as .csv.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        code = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        raise DataError(
+            f"{path}, line {line}: expected UTF-8; if it is {code}: iconv -f {code} -t utf-8."
+        ) from None
+
+
+def _objects(source: str, text: str) -> Iterator[tuple[str, Any]]:
+    """Yield JSON values that follow each other, and the items of arrays."""
+    decoder, line, end = json.JSONDecoder(), 1, 0
+    while match := _MORE.match(text, end):
+        line, start = line + text.count("\n", end, match.end() - 1), match.end() - 1
         try:
-            line = raw.decode("utf-8-sig")
-            value = {"text": line} if path.suffix == ".txt" else json.loads(line)
-        except ValueError:  # invalid JSON or UTF-8
-            value = None
-        yield f"{path}, line {number}", text, value
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}, line {line}: expected JSON, but got {error}.") from None
+        line += text.count("\n", start, end)
+        if isinstance(value, list):
+            yield from ((f"{source}, row {i}", item) for i, item in enumerate(value))
+        else:
+            yield f"{source}, line {line}", value
 
 
-def _table(path: Path) -> Iterable[tuple[str, str, Any]]:
+def _table(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a CSV file, with every field as text."""
-    reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    (*more, name) = reader.fieldnames or [""]
+    if not more and re.search(r"[;\t]", name):
+        raise DataError(f"{source}, line 1: expected columns apart by {delimiter!r}, got {name!r}.")
     for row in reader:
-        fits = None not in row  # a key None has surplus fields, such as from an unquoted comma
-        yield f"{path}, line {reader.line_num}", str(row), row if fits else None
+        where = f"{source}, line {reader.line_num}"
+        if None in row:  # a key None has surplus fields, such as from an unquoted comma
+            raise DataError(f"{where}: expected {len(more) + 1} fields, as in line 1, got more.")
+        yield where, row
 
 
 def _loaded(source: str, option: str) -> Iterable[Any]:
     from rasa_ext.commands.models import go_offline_without_hub
 
-    file = source.endswith(".parquet")
+    file = Path(source).is_file()
     if not file:
         go_offline_without_hub()
     import datasets  # only now: importing it reads whether it is offline
@@ -161,32 +195,110 @@ def _loaded(source: str, option: str) -> Iterable[Any]:
         raise DataError(f"{option}: {source!r} is {what} that can be loaded: {error}") from error
 
 
-def _row(value: Any, prompts: Sequence[str], completion: str) -> Row | None:
-    """Return the row of a decoded line, or None if the line is not a valid row."""
-    if not isinstance(value, dict):
-        return None
-    if "messages" in value or "conversations" in value:
-        turns = value.get("messages", value.get("conversations"))
-        turns = [_turn(turn) for turn in turns] if isinstance(turns, list) else []
-        whole = all(isinstance(turn.get(k), str) for turn in turns for k in ("role", "content"))
-        return {"messages": turns} if whole and _answers(turns) else None
+def _row(where: str, value: Any, prompts: Sequence[str], completion: str) -> Row:
+    """Return the row of a decoded value. Raises DataError, which names the place and the key."""
+    value = _as(dict, value, where)
+    given = {name: item for name, item in value.items() if item is not None}
+    for key in ("messages", "conversations"):
+        if key in given:
+            row = {"messages": _turns(given[key], f"{where}, {key!r}")}
+            tools = _as(list, given.get("tools", []), f"{where}, 'tools'")
+            return {**row, "tools": tools} if tools else row
     names = (*prompts, completion)
-    texts = [value.get(name) for name in names]
-    if names == ("prompt", "completion") and not value.keys() & set(names):
-        texts = [value.get("text")]
-    if not (all(isinstance(text, str) for text in texts) and texts[-1]):
-        return None
+    if names == ("prompt", "completion") and not given.keys() & set(names) and "text" in given:
+        names = ("text",)
+    if missing := [name for name in names if name not in given]:
+        raise DataError(f"{where}: expected the key {missing[0]!r}, {_hint(missing[0], given)}.")
+    texts = [_as(str, given[name], f"{where}, {name!r}") for name in names]
+    if not texts[-1]:
+        raise DataError(f"{where}, {names[-1]!r}: expected text, got an empty string.")
     if len(texts) == 1:
         return {"text": texts[0]}
     return {"prompt": "\n\n".join(filter(None, texts[:-1])), "completion": texts[-1]}
 
 
-def _turn(turn: Any) -> dict[str, Any]:
-    """Return a turn with role and content, converted if it is in ShareGPT's format."""
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn if isinstance(turn, dict) else {}
-    role = {"human": "user", "gpt": "assistant"}.get(str(turn["from"]), turn["from"])
-    return {"role": role, "content": turn.get("value")}
+def _hint(name: str, given: Row) -> str:
+    """Return what a row without the key ``name`` has, and what to do."""
+    if "chosen" in given:
+        return "got 'chosen' and 'rejected', which are for `rasa-ext trl dpo`"
+    if "role" in given:
+        return "got a turn alone; put the turns of a conversation into 'messages'"
+    if {"instruction", "output"} <= given.keys():
+        return "got Alpaca's; pass --prompt-field instruction,input --completion-field output"
+    if near := difflib.get_close_matches(name, given, 1):
+        return f"got {near[0]!r}; rename it"
+    there = ", ".join(map(repr, given)) or "none"
+    return f"got {there}; --prompt-field and --completion-field set other names"
+
+
+def _as(kind: type, value: Any, where: str) -> Any:
+    """Return a value of a kind, also one that is written as JSON. Raises DataError for others."""
+    if kind is not str and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, kind):
+        return value
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    raise DataError(f"{where}: expected {_KINDS[kind]}, got {text}.")
+
+
+def _turns(value: Any, where: str) -> Turns:
+    turns = [_turn(turn, f"{where}, turn {i}") for i, turn in enumerate(_as(list, value, where), 1)]
+    if not _answers(turns):
+        roles = ", ".join(turn["role"] for turn in turns) or "none"
+        raise DataError(f"{where}: expected the assistant's turn after another, got {roles}.")
+    return turns
+
+
+def _turn(value: Any, where: str) -> dict[str, Any]:
+    """Return a turn with role and text, converted if it is in ShareGPT's format."""
+    given = _as(dict, value, where)
+    turn = {_KEYS.get(name, name): item for name, item in given.items() if item is not None}
+    role = _as(str, turn.get("role"), f"{where}, 'role'")
+    if "from" in given:
+        if role not in _ROLES:
+            raise DataError(f"{where}, 'from': expected {', '.join(_ROLES)}, got {role!r}.")
+        turn["role"] = _ROLES[role]
+    if "tool_calls" in turn:
+        calls = _as(list, turn["tool_calls"], f"{where}, 'tool_calls'")
+        turn["tool_calls"] = [_call(call, f"{where}, 'tool_calls'") for call in calls]
+        turn.setdefault("content", "")
+    text, where = turn.get("content"), f"{where}, 'content'"
+    if isinstance(text, list):  # the parts of a multimodal message
+        parts = [_as(dict, part, where) for part in text]
+        text = "".join(_as(str, part.get("text"), f"{where}, 'text'") for part in parts)
+    return {**turn, "content": _as(str, text, where)}
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object, as templates expect it."""
+    call = _as(dict, value, where)
+    function = _as(dict, call.get("function"), f"{where}, 'function'")
+    _as(str, function.get("name"), f"{where}, 'name'")
+    arguments = _as(dict, function.get("arguments", {}), f"{where}, 'arguments'")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def counted(rows: Sequence[Row]) -> str:
+    """Return how many examples there are, or conversations and answers that are trained."""
+    turns = [row["messages"] for row in rows if "messages" in row]
+    if not turns:
+        return f"{len(rows):,} examples"
+    answers = len(rows) - len(turns) + sum(len(_answers(each)) for each in turns)
+    return f"{len(rows):,} conversations, {answers:,} answers"
+
+
+def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows at random, with a share of them in the second part.
+
+    Raises DataError if one part would be empty.
+    """
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise DataError(f"test_split: expected rows on both sides, got {count} of {len(rows)}.")
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    return shuffled[count:], shuffled[:count]
 
 
 def conversation(row: Row) -> Turns:
@@ -239,13 +351,24 @@ def rows_for_sft(
         tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     if not (template and tokenizer.chat_template):
         return [list(rows) for rows in sets], False
-    turns = [[_to_the_last_answer(row, tokenizer) for row in rows] for rows in sets]
-    several = any(len(_answers(row)) > 1 for rows in turns for row in rows)
+    keys = ["tools"] if any("tools" in row for rows in sets for row in rows) else []
+    chats = [
+        [
+            (_to_the_last_answer(row, tokenizer), {key: json.dumps(row.get(key)) for key in keys})
+            for row in rows
+        ]
+        for rows in sets
+    ]
+    several = any(len(_answers(turns)) > 1 for rows in chats for turns, _ in rows)
     if several and _can_mark_turns(tokenizer):
-        return [[{"messages": row} for row in rows] for rows in turns], True
+        return [[{"messages": turns, **tools} for turns, tools in rows] for rows in chats], True
     return [
-        [{"prompt": row[:i], "completion": [row[i]]} for row in rows for i in _answers(row)]
-        for rows in turns
+        [
+            {"prompt": turns[:i], "completion": [turns[i]], **tools}
+            for turns, tools in rows
+            for i in _answers(turns)
+        ]
+        for rows in chats
     ], False
 
 
@@ -272,7 +395,8 @@ def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple
     for row in rows:
         turns = _to_the_last_answer(row, tokenizer) if template else conversation(row)
         if template and tokenizer.chat_template:
-            asked = templated(tokenizer, turns[:-1], "data", add_generation_prompt=True)
+            options = {"add_generation_prompt": True, "tools": row.get("tools")}
+            asked = templated(tokenizer, turns[:-1], "data", **options)
         else:
             asked = "\n".join(turn["content"] for turn in turns[:-1])
         pairs.append((asked, turns[-1]["content"]))
@@ -289,7 +413,10 @@ def _to_the_last_answer(row: Row, tokenizer: Any) -> Turns:
     turns = conversation(row)
     turns = turns[: _answers(turns)[-1] + 1]
     if tokenizer.chat_template:
-        templated(tokenizer, turns, "data")
+        text = templated(tokenizer, turns, "data", tools=row.get("tools"))
+        calls = (call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ()))
+        if lost := [name for name in calls if name not in text]:
+            raise DataError(f"data: the chat template leaves out the call of the tool {lost[0]!r}.")
     return turns
 
 

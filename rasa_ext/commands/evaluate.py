@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rasa_ext.commands.data import check_source, conversation, questions, read_examples
+from rasa_ext.commands.data import conversation, files_of, questions, read_examples
 from rasa_ext.commands.options import trained_with_template
 from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import check_dtype, check_least
@@ -12,7 +12,7 @@ from rasa_ext.commands.parsing import check_dtype, check_least
 def evaluate(
     targets: list[str],
     *,
-    data: str,
+    data: list[str],
     model: str | None = None,
     prompt_field: str = "prompt",
     completion_field: str = "completion",
@@ -31,7 +31,7 @@ def evaluate(
     Args:
         targets: Adapters and models: directory (adapter, merged or other model), hub id, .gguf
             file, or smollm2.
-        data: Held-out data, in a form that finetune takes.
+        data: Held-out data, in the forms that finetune takes; repeat the option for several.
         model: Base model of the adapters. [default: the one that each adapter names]
         prompt_field: As in finetune.
         completion_field: As in finetune.
@@ -50,7 +50,7 @@ def evaluate(
     check_least(limit=(limit, 1), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
     check_least(show=(show, 0), max_new_tokens=(max_new_tokens, 1))
     check_dtype(dtype)
-    check_source(data, "data")
+    files_of(data, "data")
     from rasa_ext.commands import measuring
 
     rule = measuring.by_pattern(answer_pattern) if answer_pattern else measuring.last_number
@@ -59,7 +59,7 @@ def evaluate(
         answers = False  # plain text has no answers to match
     expected = [rule(conversation(row)[-1]["content"]) for row in examples if answers or show]
     judged = answers and None not in expected
-    table = table_of(f"{len(examples):,} examples of {data}", "loss", "exact match")
+    table = table_of(f"{len(examples):,} examples of {', '.join(data)}", "loss", "exact match")
     given: dict[str, list[str]] = {}
     for name, loaded, tokenizer in measuring.each_model(targets, model, dtype):
         console.print(f"{name}: {len(examples):,} examples", markup=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from rasa_ext.commands.options import OTHER_NAMES, RECORD, SAME, FinetuneOptions
+from rasa_ext.commands.options import OTHER_NAMES, RECORD, SAME, FinetuneOptions, reserved
 from rasa_ext.commands.output import INTERRUPTED, command, console, working
 from rasa_ext.commands.parsing import options_of
 
@@ -18,11 +18,12 @@ from rasa_ext.commands.parsing import options_of
 def finetune(**values: Any) -> None:
     """Fine-tune a language model; only completions, or the assistant's turns, carry a loss."""
     options = FinetuneOptions(**values)  # checks before the slow imports
-    with working("Loading PyTorch, transformers and TRL"):
-        from rasa_ext.commands.results import describe
-        from rasa_ext.commands.training import processes, train
+    with reserved(options):
+        with working("Loading PyTorch, transformers and TRL"):
+            from rasa_ext.commands.results import describe
+            from rasa_ext.commands.training import processes, train
 
-    result = train(options, console)
+        result = train(options, console)
     if result["interrupted"]:
         record = shlex.quote(str(Path(result["output"]) / RECORD))
         several = f" in {processes()} processes" if processes() > 1 else ""

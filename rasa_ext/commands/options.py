@@ -5,13 +5,17 @@ The command line, the help, the YAML file of ``--config`` and a run's record are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rasa_ext.commands.data import check_source
+from rasa_ext.commands.data import files_of
 from rasa_ext.commands.output import console
 from rasa_ext.commands.parsing import (
     check_differs,
@@ -22,6 +26,7 @@ from rasa_ext.commands.parsing import (
     parse_yaml,
 )
 from rasa_ext.commands.paths import SMOLLM2, check_adapter, check_model
+from rasa_ext.writing import created
 
 if TYPE_CHECKING:
     from rasa_ext.methods import AdapterConfig
@@ -71,7 +76,8 @@ class FinetuneOptions:
 
     Args:
         model: Hub id, local directory or .gguf file; or smollm2, the demo's model.
-        data: Training data: a file (.jsonl, .json, .csv, .parquet, .txt) or a hub data set. Rows
+        data: Training data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt; or packed, .gz), a
+            pattern such as 'train*.jsonl', or a hub data set; repeat the option for several. Rows
             have prompt and completion, messages, conversations in ShareGPT's format, or text.
         output: Directory for the adapter.
         prompt_field: Name of the prompt's field in the data. With several names, separated by
@@ -123,7 +129,8 @@ class FinetuneOptions:
         load_in_8bit: Quantize the frozen base to 8 bits, with bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward: less memory, more
             time.
-        eval_data: Held-out data, in a form that --data takes.
+        eval_data: Held-out data, in the forms that --data takes.
+        test_split: Share of the data to hold out at random, in place of --eval-data.
         eval_steps: Steps between evaluations; below 1, a share of all steps. [default: before
             and after training]
         save_steps: Steps between checkpoints; below 1, a share of all steps. The last two
@@ -143,7 +150,7 @@ class FinetuneOptions:
     """
 
     model: str
-    data: str
+    data: list[str]
     output: str = "rasa-out"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
@@ -174,7 +181,8 @@ class FinetuneOptions:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     gradient_checkpointing: bool = False
-    eval_data: str | None = None
+    eval_data: list[str] | None = None
+    test_split: float | None = None
     eval_steps: float | None = None
     save_steps: float = 0.1
     seed: int = 0
@@ -184,6 +192,9 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         """Check everything that needs neither the model nor the data."""
+        for name in ("data", "eval_data"):
+            if isinstance(sources := getattr(self, name), str):  # one, from Python
+                object.__setattr__(self, name, [sources])
         self._check_paths()
         check_least(
             batch_size=(self.batch_size, 1),
@@ -202,8 +213,13 @@ class FinetuneOptions:
         check_seed(self.seed)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
-        if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError("eval_steps: expected eval_data with it, got none.")
+        if self.test_split is not None and not (0 < self.test_split < 1 and not self.eval_data):
+            raise ValueError(
+                "test_split: expected a share in (0, 1), and no eval_data with it, got "
+                f"{self.test_split}."
+            )
+        if self.eval_steps is not None and not self.evaluates:
+            raise ValueError("eval_steps: expected eval_data or test_split with it, got none.")
         fields = {field.name: field.default for field in dataclasses.fields(self)}
         for name in parse_yaml("training_arguments", self.training_arguments):
             if (ours := OTHER_NAMES.get(name, name)) in fields:
@@ -216,10 +232,15 @@ class FinetuneOptions:
                 f"{self.init_adapter} has its own, got {getattr(self, given[0])!r}."
             )
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has held-out data."""
+        return bool(self.eval_data or self.test_split)
+
     def _check_paths(self) -> None:
         for option in ("data", "eval_data"):
             if (source := getattr(self, option)) is not None:
-                check_source(source, option)
+                files_of(source, option)
         if self.model != SMOLLM2:
             check_model(self.model)
         if self.init_adapter is not None:
@@ -261,6 +282,8 @@ class FinetuneOptions:
     def _check_output(self) -> None:
         """Raise if this run must not write into the output directory."""
         output = Path(self.output)
+        if os.environ.get("RANK", "0") != "0":  # the first process may have written by now
+            return
         if self.resume and self.overwrite:
             raise ValueError("overwrite: expected it without resume, which continues a run.")
         trained = any(output.glob("checkpoint-*/trainer_state.json"))
@@ -280,6 +303,33 @@ class FinetuneOptions:
         """
         left_out = {"resume", "overwrite", *(OF_AN_ADAPTER if self.init_adapter else ())}
         return {n: v for n, v in dataclasses.asdict(self).items() if n not in left_out}
+
+
+@contextlib.contextmanager
+def reserved(options: FinetuneOptions) -> Iterator[None]:
+    """Keep other runs out of a run's output folder, by a lock on its record.
+
+    After an error that came before the first step, nothing is left there.
+    Raises ValueError if another run has the folder.
+    """
+    output, mode = Path(options.output), "a" if options.resume or options.overwrite else "x"
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with created(output), contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((output / RECORD).open(mode))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError):
+            raise ValueError(
+                f"output: expected a folder of this run alone, but another run writes {output}; "
+                "choose another --output."
+            ) from None
+        try:
+            yield
+        finally:
+            if not (output / RECORD).stat().st_size:
+                (output / RECORD).unlink()
 
 
 def trained_with_template(name: str | Path) -> bool:

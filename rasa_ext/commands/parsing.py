@@ -22,6 +22,7 @@ from rasa_ext.writing import STALE, check_output
 __all__ = ["Output", "Overwrite", "check_differs", "parse_targets"]
 
 _MISSING = dataclasses.MISSING
+LISTS = ("data", "eval_data")  # options that may be repeated
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The options of a command that writes a directory.
@@ -73,7 +74,7 @@ def options_of(
 
 def _read_config_file(
     path: Path, known: Collection[str], others: Mapping[str, str], same: Collection[str]
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Read a file's values by option name, as texts that typer parses like the command line's.
 
     Keys may be written with ``-`` or ``_``. Raises typer.BadParameter, which names the file and any
@@ -89,7 +90,7 @@ def _read_config_file(
         raise typer.BadParameter(
             f"{path}: expected a mapping of option names to values, got {type(data).__name__}."
         )
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
         name = others[name] if name in same else name
@@ -99,10 +100,10 @@ def _read_config_file(
             raise typer.BadParameter(f"{path}: unknown key {str(key)!r}; {hint}")
         if isinstance(value, dict):
             value = yaml.safe_dump(value, default_flow_style=True, width=1e9).strip()[1:-1]
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        if value is not None:
-            values[name] = str(value)
+        if name in LISTS and value is not None:
+            values[name] = list(map(str, value)) if isinstance(value, list) else [str(value)]
+        elif value is not None:
+            values[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import resource
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,18 @@ from matplotlib.figure import Figure
 
 from rasa_ext import Card
 from rasa_ext.commands.callbacks import values
+from rasa_ext.commands.data import files_of
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer
 from rasa_ext.patching.state import patch_state
 
 
 def write_results(
-    trainer: AdapterTrainer, options: FinetuneOptions, interrupted: bool, trainable: int
+    trainer: AdapterTrainer,
+    options: FinetuneOptions,
+    interrupted: bool,
+    trainable: int,
+    counts: Mapping[str, str],
 ) -> dict[str, Any]:
     """Write adapter, card, tokenizer, `loss.png` and `summary.json`; return the summary.
 
@@ -47,7 +53,7 @@ def write_results(
         "peak_memory": peak_memory(),
     }
     trainer.model.eval()
-    trainer.card = run_card(trainer, options, result)
+    trainer.card = run_card(trainer, options, result, counts)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return result
@@ -78,9 +84,16 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[str, Any]) -> Card:
-    """Make a fine-tuning run's card, with its data, options and metrics."""
-    rows = {"data": trainer.train_dataset, "eval_data": trainer.eval_dataset}
+def run_card(
+    trainer: AdapterTrainer,
+    options: FinetuneOptions,
+    result: Mapping[str, Any],
+    counts: Mapping[str, str],
+) -> Card:
+    """Make a fine-tuning run's card, with its data, options and metrics.
+
+    ``counts`` has what is in the data, by option.
+    """
     chosen = {
         "steps": f"{result['step']:,} of {result['total_steps']:,}",
         "processes": trainer.args.world_size,
@@ -88,14 +101,15 @@ def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[
         "trainable parameters": f"{result['trainable']:,}",
     }
     for name, value in options.to_dict().items():
-        if name in rows and value is not None:
-            chosen[name] = f"`{_local(value)}`, {len(rows[name]):,} rows"
+        if name in counts:
+            named = [f"`{_local(s)}`" for s in value] if isinstance(value, list) else [str(value)]
+            chosen[name] = ", ".join([*named, counts[name]])
         elif name in ("init_adapter", "rank_pattern") and value is not None:
             chosen[name] = f"`{_local(value)}`"
         elif name not in ("model", "output", "dtype", "max_steps") and value not in (None, ""):
             chosen[name] = value
     table = [f"| {name} | {value} |" for name, value in chosen.items()]
-    sources = [source for source in (options.data, options.eval_data) if source is not None]
+    sources = [*files_of(options.data, "data"), *files_of(options.eval_data or (), "eval_data")]
     return Card(
         [source for source in sources if not Path(source).is_file()],
         {
@@ -108,7 +122,8 @@ def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[
 def _local(source: str) -> str:
     """Return a source's name for the card: only the last part of a local path, or a hub id."""
     path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    local = path.exists() or glob.has_magic(source)
+    return path.resolve().name if local else source
 
 
 def peak_memory() -> dict[str, int]:

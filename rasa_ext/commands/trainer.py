@@ -170,6 +170,9 @@ class AdapterTrainer(SFTTrainer):
         self._held_out += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         return loss, *others
 
+    def compare_trainer_and_checkpoint_args(self, *args: Any) -> None:
+        """Do nothing: `finetune` compares its own options, and may change when it saves."""
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: saving writes the card."""
 
@@ -209,4 +212,4 @@ class AdapterTrainer(SFTTrainer):
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
     """Make a data set of rows in memory, and turn off the progress bars of passes over it."""
     datasets.disable_progress_bars()
-    return datasets.Dataset.from_list(rows)
+    return datasets.Dataset.from_list(rows, on_mixed_types="use_json")  # arguments of tool calls

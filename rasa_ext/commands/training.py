@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -29,7 +30,7 @@ from rasa_ext.checkpoint import convert_lora, read_adapter, read_lora
 from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
-from rasa_ext.commands.data import DataError, read_examples, rows_for_sft
+from rasa_ext.commands.data import DataError, counted, read_examples, rows_for_sft, split
 from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer, own_tokenizer
 from rasa_ext.commands.options import RECORD, FinetuneOptions
 from rasa_ext.commands.output import working
@@ -38,6 +39,7 @@ from rasa_ext.commands.results import write_results
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
 from rasa_ext.methods import AdapterConfig, checked_choice, read_method
 
+DIGEST = "sha256_of_data"
 OPEN, CLOSE = ">>>", "<<<"  # around trained text in the printed example
 _SHOWN = 400  # characters; longer text without loss is shortened in the middle
 # Options that may change on a resume, because no step depends on them.
@@ -73,16 +75,19 @@ def train(
         tokenizer.chat_template = _template(str(path))
     names = options.prompt_field, options.completion_field
     asked = {"data": options.data, "eval_data": options.eval_data}
-    sources = {option: source for option, source in asked.items() if source is not None}
-    examples = [read_examples(source, *names, option) for option, source in sources.items()]
-    rows, marks = rows_for_sft(examples, tokenizer, options.template)
+    examples = {name: read_examples(s, *names, name) for name, s in asked.items() if s is not None}
+    if options.test_split is not None:
+        parts = split(examples["data"], options.test_split, options.seed)
+        examples = dict(zip(("data", "test_split"), parts, strict=True))
+    rows, marks = rows_for_sft(list(examples.values()), tokenizer, options.template)
     plain = "text" in rows[0][0]
     if plain:  # evaluate and generate read this in the record
-        options = dataclasses.replace(options, template=False)
+        options = copy.copy(options)  # without the checks, which refuse the folder that is reserved
+        object.__setattr__(options, "template", False)
     record = {
         **options.to_dict(),
         "processes": processes(),
-        "sha256_of_data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        DIGEST: hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
     state = None
     if resumed is not None:
@@ -105,7 +110,7 @@ def train(
             adapter=config,
             warmup=options.warmup,
             train_dataset=dataset(rows[0]),
-            eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
+            eval_dataset=dataset(rows[1]) if options.evaluates else None,
             processing_class=tokenizer,
         )
     if start:
@@ -115,9 +120,11 @@ def train(
         console.print(f"Starting from {options.init_adapter}: {config.title}{size}.")
     trainer.record = json.dumps(record)
     trainer.remove_callback(PrinterCallback)
+    counts = {name: counted(each) for name, each in examples.items()}
     prepared = (trainer.train_dataset, trainer.eval_dataset)
-    for source, given, learnt in zip(sources.values(), rows, prepared, strict=False):
-        describe_rows(source, len(given), learnt, options, console)
+    for name, given, learnt in zip(examples, rows, prepared, strict=False):
+        source = ", ".join(asked.get(name) or [f"--test-split {options.test_split}"])
+        describe_rows(f"{source}: {counts[name]}", len(given), learnt, options, console)
     show_example(trainer.train_dataset[0], tokenizer, console, plain=plain)
     trained = _describe_adapter(trainer.base_model, console)
 
@@ -145,7 +152,7 @@ def train(
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=resumed and str(resumed))
         stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
-    result = write_results(trainer, options, stopped, trained)
+    result = write_results(trainer, options, stopped, trained, counts)
     if not loaded:
         unpatch(model)
         vars(model).pop("forward", None)  # TRL's own forward, which can omit logits
@@ -165,7 +172,9 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """
     before = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
     other = [
-        f"{name} ({before.get(name)!r} before, {value!r} now)"
+        "other rows in the data"
+        if name == DIGEST
+        else f"{name} ({before.get(name)!r} before, {value!r} now)"
         for name, value in record.items()
         if name not in _HARMLESS and before.get(name) != value
     ]
@@ -240,7 +249,7 @@ def _describe_adapter(model: Any, console: Console) -> int:
 def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = False) -> SFTConfig:
     kinds = [kind.value for kind in SchedulerType]
     checked_choice("lr_scheduler_type", options.lr_scheduler_type, kinds)
-    evaluate = options.eval_data is not None
+    evaluate = options.evaluates
     usual = {
         "optim": "adamw_torch",
         "per_device_eval_batch_size": 2 * options.batch_size,  # no activations are stored
@@ -312,7 +321,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
 
 
 def describe_rows(
-    source: str, given: int, prepared: Any, options: FinetuneOptions, console: Console
+    counts: str, given: int, prepared: Any, options: FinetuneOptions, console: Console
 ) -> None:
     """Print the number of tokens with a loss, and of examples that were omitted or cut.
 
@@ -328,7 +337,7 @@ def describe_rows(
     learnt = sum(label != IGNORE for row in labels for label in row)
     packed = options.packing and len(prepared) < given
     rows = f" in {len(prepared):,} rows" if packed else ""
-    console.print(f"{source}: {given:,} examples{rows}, {learnt:,} tokens to learn.")
+    console.print(f"{counts}{rows}, {learnt:,} tokens to learn.")
     dropped, cut = given - len(prepared), sum(len(row) == length for row in labels)
     if not packed and (dropped or cut):
         console.print(

@@ -1,6 +1,7 @@
 """Model cards of a run and of an import, and Trainer's own push."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ def run(tmp_path_factory) -> Path:
 def test_a_run_s_card_has_its_data_choices_and_figures(run):
     text, summary = card(run / "out"), json.loads((run / "out" / "summary.json").read_text())
     table = rows(text)
-    assert table["data"] == "`train.jsonl`, 22 rows"
-    assert table["eval_data"] == "`test.jsonl`, 8 rows"
+    assert table["data"] == "`train.jsonl`, 22 examples"
+    assert table["eval_data"] == "`test.jsonl`, 8 examples"
     assert table["steps"] == "10 of 10"
     assert (table["batch_size"], table["grad_accum"]) == ("2", "2")
     assert (table["lr"], table["seed"]) == ("0.003", "5")
@@ -58,6 +59,31 @@ def test_a_run_s_card_has_its_data_choices_and_figures(run):
     checkpoints = checkpoints_in(run / "out")
     assert checkpoints
     assert not any((folder / "README.md").exists() for _, folder in checkpoints)
+
+
+def test_conversations_are_counted_with_their_answers(run, tmp_path):
+    """The template marks no turns, so that each answer is a row."""
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    for name in ("a1", "a2"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": turns}] * 3)
+    words = [
+        "--model",
+        run / "Tiny-LM",
+        "--data",
+        tmp_path / "a*.jsonl",
+        "--output",
+        tmp_path / "o",
+    ]
+    text = invoke("finetune", *words, "--data", run / "train.jsonl", "--test-split", 0.25)
+    table = rows(card(tmp_path / "o"))
+    chats, answers = map(
+        int, re.search(r"jsonl: (\d+) conversations, (\d+) answers,", text).groups()
+    )
+    assert f"--test-split 0.25: {28 - chats} conversations, {28 + 6 - answers} answers," in text
+    assert chats == 21
+    assert table["data"] == f"`a*.jsonl`, `train.jsonl`, {chats} conversations, {answers} answers"
+    assert table["test_split"].startswith("0.25, 7 conversations")
+    assert str(tmp_path) not in card(tmp_path / "o")
 
 
 def test_no_file_of_a_run_that_is_pushed_has_a_path(run, tmp_path, monkeypatch):

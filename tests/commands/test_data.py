@@ -1,6 +1,7 @@
 """Data: exactly which tokens have a loss, and the errors for bad lines."""
 
 import csv
+import gzip
 import io
 import json
 import signal
@@ -151,7 +152,7 @@ def test_templates_that_refuse_say_so_and_messages_need_one():
 def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
     text = io.StringIO()
     settings = FinetuneOptions("m", "d", output=str(directory), seq_len=seq_len, **options)
-    describe_rows("d", given, rows, settings, Console(file=text, width=200))
+    describe_rows(f"d: {given} examples", given, rows, settings, Console(file=text, width=200))
     return text.getvalue()
 
 
@@ -227,36 +228,73 @@ def test_a_packed_example_sees_only_itself(tmp_path):
 
 
 GOOD = json.dumps({"prompt": "a", "completion": "b"})
-BAD_LINES = [
-    "{",
-    "[1]",
-    '{"prompt": "a"}',
-    '{"text": ""}',
-    '{"text": "a", "prompt": "b"}',
-    '{"prompt": "a", "completion": 3}',
-    '{"prompt": "a", "completion": ""}',
-    '{"messages": []}',
-    '{"messages": ["hi"]}',
-    json.dumps({"messages": [USER, {"role": "bot"}]}),
-    json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}),
-    json.dumps({"messages": [USER]}),
-    json.dumps({"messages": [FOUR]}),
-    json.dumps({"question": "a", "answer": "b"}),
-    json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt"}]}),
-    json.dumps({"conversations": "a"}),
-]
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line):
-    path = tmp_path / "train.jsonl"
+def turns(*each: object) -> str:
+    return json.dumps({"messages": [USER, *each]})
+
+
+def calling(function: object) -> str:
+    return turns({"role": "assistant", "tool_calls": [{"function": function}]})
+
+
+WRONG_LINES = {
+    "{'prompt': 'a'}": ": expected JSON, but got Expecting property name enclosed in double quotes",
+    '{"prompt": "a"': ": expected JSON, but got Expecting ',' delimiter",
+    "a line of text": ": expected JSON, but got Expecting value",
+    "[1]": ", row 0: expected an object, got 1.",
+    '"a"': ': expected an object, got "a".',
+    "{}": ": expected the key 'prompt', got none; --prompt-field and --completion-field set",
+    '{"prompt": "a"}': ": expected the key 'completion', got 'prompt'; --prompt-field",
+    '{"text": "a", "prompt": "b"}': ": expected the key 'completion', got 'text', 'prompt'; ",
+    '{"prompt": "a", "completoin": "b"}': ": expected the key 'completion', got 'completoin'; ren",
+    '{"prompt": "a", "chosen": "b"}': "'rejected', which are for `rasa-ext trl dpo`.",
+    '{"instruction": "a", "output": "b"}': "got Alpaca's; pass --prompt-field instruction,",
+    json.dumps(USER): ": expected the key 'prompt', got a turn alone; put the turns of a",
+    '{"prompt": "a", "completion": 3}': ", 'completion': expected text, got 3.",
+    '{"prompt": ["a"], "completion": "b"}': ", 'prompt': expected text, got [\"a\"].",
+    '{"prompt": "a", "completion": ""}': ", 'completion': expected text, got an empty string.",
+    '{"text": ""}': ", 'text': expected text, got an empty string.",
+    '{"messages": "user: a"}': ", 'messages': expected a list, got \"user: a\".",
+    '{"messages": []}': ", 'messages': expected the assistant's turn after another, got none.",
+    turns(): ", 'messages': expected the assistant's turn after another, got user.",
+    json.dumps({"messages": [FOUR]}): ", 'messages': expected the assistant's turn after another, "
+    "got assistant.",
+    turns("hi"): ", 'messages', turn 2: expected an object, got \"hi\".",
+    turns({"content": "4"}): ", 'messages', turn 2, 'role': expected text, got nothing.",
+    turns({"role": "assistant"}): ", 'messages', turn 2, 'content': expected text, got nothing.",
+    turns({"role": "assistant", "content": 4}): ", turn 2, 'content': expected text, got 4.",
+    turns({"role": "assistant", "content": ["4"]}): ", turn 2, 'content': expected an object, got",
+    turns({"role": "assistant", "content": [{"type": "image"}]}): ", 'content', 'text': expected "
+    "text, got nothing.",
+    calling("add"): ", turn 2, 'tool_calls', 'function': expected an object, got \"add\".",
+    calling({"arguments": {}}): ", 'tool_calls', 'name': expected text, got nothing.",
+    calling({"name": "f", "arguments": "a"}): ", 'arguments': expected an object, got \"a\".",
+    json.dumps({**json.loads(turns(FOUR)), "tools": "add"}): ", 'tools': expected a list, got",
+    '{"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}': ", "
+    "'conversations', turn 2, 'from': expected human, gpt, system, user, assistant, tool, got",
+}
+"""What is wrong, and what is said after the place."""
+
+
+def answer(line: str, path: Path) -> str:
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(DataError) as caught:
         read_examples(str(path))
-    text = str(caught.value)
-    assert text.startswith(f"{path}, line 3: expected an object with the strings 'prompt' and")
-    assert "(--prompt-field and --completion-field set other names)" in text
-    assert text.endswith(f", got {line}." if len(line) <= 100 else "....")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_line_is_answered_with_its_place_and_key(tmp_path, line):
+    said = answer(line, tmp_path / "train.jsonl")
+    place = f"{tmp_path / 'train.jsonl'}, line 3"
+    assert said.startswith(place) or line == "[1]"
+    assert WRONG_LINES[line] in said
+    assert len(said) - len(place) < 160
+
+
+def test_no_two_mistakes_have_one_answer(tmp_path):
+    assert len({answer(line, tmp_path / "train.jsonl") for line in WRONG_LINES}) == len(WRONG_LINES)
 
 
 def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
@@ -280,9 +318,10 @@ def test_fields_of_other_names(row, prompt, comma, tmp_path):
 
 
 def write_data(path: Path, rows: list[dict]) -> Path:
-    if path.suffix == ".csv":
+    if path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+            writer = csv.DictWriter(file, list(rows[0]), dialect=dialect)
             writer.writeheader()
             writer.writerows(rows)
     elif path.suffix == ".parquet":
@@ -294,7 +333,81 @@ def write_data(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_several_files_and_patterns_are_read_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b1", "a2", "a1", "a[1]"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [pair(name, "x")])
+    found = read_examples(["b1.jsonl", "a?.jsonl", "a[1].jsonl"])
+    assert [row["prompt"] for row in found] == ["b1", "a1", "a2", "a[1]"]
+
+
+def test_json_may_be_packed_and_is_read_as_it_stands(tmp_path):
+    """Objects over several lines, and an array, though the name says a line each."""
+    rows = [pair("a", "b"), pair("c", "d")]
+    forms = ["\n".join(json.dumps(row, indent=1) for row in rows), json.dumps(rows)]
+    for text in forms:
+        (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        (tmp_path / "d.jsonl").write_text(text)
+        for name in ("d.jsonl", "d.jsonl.gz"):
+            assert read_examples(str(tmp_path / name)) == rows
+
+
+def test_a_part_is_held_out_at_random():
+    rows = sums(20)
+    learnt, held_out = data.split(rows, 0.2, seed=1)
+    assert len(held_out) == 4
+    assert sorted(map(str, learnt + held_out)) == sorted(map(str, rows))
+    assert held_out != rows[:4]
+    assert data.split(rows, 0.2, seed=1) == (learnt, held_out)
+    assert data.split(rows, 0.2, seed=2) != (learnt, held_out)
+    with pytest.raises(DataError, match=r"test_split: expected rows on both sides, got 0 of 20"):
+        data.split(rows, 0.01, seed=1)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALLS = CHATML.replace(
+    "{{ m['content'] }}",
+    "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c.function.name }}"
+    "({{ c.function.arguments | tojson }}){% endfor %}",
+)
+
+
+def called(arguments: object) -> dict:
+    return {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "add", "arguments": arguments}}],
+    }
+
+
+def test_tool_calls_and_tools_reach_the_template(tmp_path):
+    """Arguments of one name may have several types, and may be JSON, as OpenAI writes them."""
+    answer = {"role": "tool", "content": "4"}
+    chats = [
+        {**messages(USER, called({"a": 2}), answer, FOUR), "tools": json.dumps([TOOL])},
+        messages(USER, called('{"a": "2"}')),
+    ]
+    path = write_jsonl(tmp_path / "d.jsonl", chats)
+    tokenizer = make_tokenizer(
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CALLS
+    )
+    rows = bracketed(prepared(read_examples(str(path)), tokenizer, tmp_path), tokenizer)
+    assert rows[0].startswith("add<|im_start|>user")
+    assert [row.partition("[")[2] for row in rows] == [
+        'add({"a": 2})<|im_end|>\n]',
+        "4<|im_end|>\n]",
+        'add({"a": "2"})<|im_end|>\n]',
+    ]
+    with pytest.raises(DataError, match=r"data: the chat template leaves out the call .* 'add'"):
+        prepared(read_examples(str(path)), make_tokenizer(CHATML), tmp_path)
+
+
+def test_the_text_of_content_parts_is_read(tmp_path):
+    parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "2 plus 2?"}]
+    path = write_jsonl(tmp_path / "d.jsonl", [messages({**USER, "content": parts}, FOUR)])
+    assert read_examples(str(path)) == [messages(USER, FOUR)]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "json"])
 def test_files_of_other_formats_have_the_same_rows(suffix, tmp_path):
     """Numbers in a CSV stay text."""
     rows = [pair("what, 1?", "007"), pair("two\nlines", "NA")]
@@ -330,21 +443,28 @@ def test_plain_text_stays_apart_from_questions_and_answers():
         data.questions([{"text": "a"}], make_tokenizer(), True)
 
 
+LATIN = GOOD.encode() + b'\n{"prompt": "caf\xe9"}\n'
 BAD_FILES = [
-    ("d.json", '[{"text": "a"},\n{"text" "b"}]', r"json in UTF-8, .*: line 2 column 9"),
-    ("d.json", '[{"text": "a"}, 3]', "d.json, row 1: expected an object .*, got 3."),
-    ("d.json", '{"text": 3}', "d.json, line 1: expected an object"),
-    ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected an object"),
-    ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected an object"),
-    ("d.csv", 'prompt,completion\na,"b', r"csv in UTF-8, .*: unexpected end of data"),
+    ("d.json", '[{"text": "a"},\n{"text" "b"}]', r"line 1: expected JSON, .*: line 2 column 9"),
+    ("d.json", '[{"text": "a"}, 3]', "d.json, row 1: expected an object, got 3."),
+    ("d.json", '{"text": 3}', "d.json, line 1, 'text': expected text, got 3."),
+    ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected the key 'completion', got"),
+    ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected 2 fields, as in line 1, got"),
+    ("d.csv", 'prompt,completion\na,"b', r"d.csv: expected .csv, .*: unexpected end of data"),
+    ("d.csv", "prompt;completion\na;b", "line 1: expected columns apart by ',', got 'prompt;comp"),
     ("d.csv", "prompt,completion\n", "expected at least one example"),
     ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
     ("d.txt", "\n \n", "expected at least one example"),
     ("d.jsonl", "", "got an empty file"),
+    ("d.jsonl.gz", GOOD, "d.jsonl.gz: expected .gz, but it does not parse: Not a gzipped file"),
+    ("d.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "expected .gz, .*: Compressed file ended"),
+    ("d.xlsx", b"PK\3\4\0", "d.xlsx: expected text, got a spreadsheet or a zip; save it as .csv."),
+    ("d.jsonl", LATIN, "line 2: expected UTF-8; if it is latin1: iconv -f latin1 -t utf-8."),
+    ("d.jsonl", GOOD.encode("utf-16"), "line 1: expected UTF-8; if it is utf-16: iconv -f utf-16"),
     ("missing.jsonl", None, r"data: expected a file .*missing\.jsonl does not exist"),
+    ("d*.jsonl", None, r"data: expected a file .*d\*\.jsonl does not exist"),
     ("", None, "is a directory"),
     ("some/set", None, "'some/set' is neither a file nor a hub data set that can be loaded"),
-    ("d.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}\n', "line 2: expected an object"),
 ]
 
 

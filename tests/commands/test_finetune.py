@@ -265,7 +265,11 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
 
 
 BAD_PATHS = [
-    ("data", "no.csv", "data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or a hub"),
+    (
+        "data",
+        "no.csv",
+        "data: expected a file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a hub",
+    ),
     ("model", "./no", "model: the directory ./no does not exist"),
     ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),
     ("rank-pattern", "no.json", "rank_pattern: the file no.json does not exist"),
@@ -276,7 +280,7 @@ BAD_PATHS = [
 @pytest.mark.parametrize(("option", "path", "message"), BAD_PATHS)
 def test_paths_are_checked_before_torch_is_imported(option, path, message, options, tmp_path):
     (tmp_path / "file").touch()
-    given = {"model": options.model, "data": options.data, option: path}
+    given = {"model": options.model, "data": options.data[0], option: path}
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     program = (
         "import sys; sys.modules['torch'] = None; from rasa_ext.commands.app import app; app()"
@@ -315,7 +319,7 @@ def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
 
 @pytest.mark.parametrize("size", [400, 50_000, 70_000])
 def test_a_full_disk_is_the_output_s(size, options):
-    words = ["--model", options.model, "--data", options.data, "--output", options.output]
+    words = ["--model", options.model, "--data", options.data[0], "--output", options.output]
     with file_limit(size):
         text = invoke("finetune", *words, "--max-steps", 2, code=1)
     assert re.search(rf"Error: {options.output}\S*: cannot be written: ", text)

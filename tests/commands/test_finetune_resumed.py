@@ -17,7 +17,7 @@ from rich.console import Console
 import rasa_ext
 from rasa_ext.commands import callbacks
 from rasa_ext.commands.checkpoints import newest_whole
-from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.options import FinetuneOptions, reserved
 from tests.helpers.adapters import content, patched
 from tests.helpers.cli import invoke
 from tests.helpers.finetuning import (
@@ -122,6 +122,35 @@ def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(options):
     rasa_ext.load_adapter(make_model(), output)
 
 
+def test_a_folder_is_of_one_run_at_a_time(options):
+    """The second is refused at its start, also if it would replace or continue the first."""
+    output = Path(options.output)
+    options = dataclasses.replace(options)
+    replacing = dataclasses.replace(options, overwrite=True)
+    with reserved(options):
+        with pytest.raises(ValueError, match=f"output: .*{output} holds files"):
+            dataclasses.replace(options)
+        for second in (options, replacing):
+            refused = pytest.raises(ValueError, match=f"output: .* another run writes {output}")
+            with refused, reserved(second):
+                pytest.fail("a second run began")
+    run(options, max_steps=2)
+    before = content(output)
+    with reserved(replacing):
+        resumed = dataclasses.replace(options, resume=True)
+        with pytest.raises(ValueError, match="another run"), reserved(resumed):
+            pytest.fail("a second run began")
+    assert content(output) == before
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(options, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}")
+    words = ["finetune", "--model", options.model, "--data", bad, "--output", options.output]
+    assert "bad.jsonl, line 1: expected the key 'prompt'" in invoke(*words, code=1)
+    assert not Path(options.output).exists()
+
+
 def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
     run(options, max_steps=5)
     run(options, max_steps=2, overwrite=True)
@@ -156,8 +185,8 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
         "dropout": 0.0,
         "seq_len": 512,
         "template": False,
-        "eval_data": str(files / "test.jsonl"),
-        "data": str(files / "test.jsonl"),
+        "eval_data": [str(files / "test.jsonl")],
+        "data": [str(files / "test.jsonl")],
     }
     for name, value in changes.items():
         old = {**options.to_dict(), "max_steps": 3}[name]
@@ -221,7 +250,7 @@ def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", sums(8))
     run(options, max_steps=1, data=str(data))
     write_jsonl(data, sums(9)[1:])
-    with pytest.raises(ValueError, match=r"resume: .* other options: sha256_of_data \('\w+' bef"):
+    with pytest.raises(ValueError, match=r"resume: .* other options: other rows in the data; "):
         run(options, max_steps=1, data=str(data), resume=True)
 
 
