@@ -26,7 +26,7 @@ from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods import read_method
 from rasa_ext.methods.base import OFFICIAL, AdapterConfig
 from rasa_ext.ops import Factors
-from rasa_ext.patching.grouping import Group, groups_of
+from rasa_ext.patching.grouping import Group, as_saved, groups_of
 from rasa_ext.patching.state import owners, patch_state
 from rasa_ext.patching.targets import make_plan, resolve_config
 
@@ -175,7 +175,7 @@ def factors_by_group(
         >>> {own.rank for own in factors.values()}
         {9}
     """
-    config = read_method(settings)
+    config = as_saved(read_method(settings))
     if model is None:
         shapes = _shapes(tensors, config.method, directory)
         groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)

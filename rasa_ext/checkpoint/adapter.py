@@ -39,7 +39,7 @@ from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.rasa import AdapterOwner
-from rasa_ext.patching.grouping import pattern, resolve_groups
+from rasa_ext.patching.grouping import as_saved, pattern, resolve_groups
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import (
     check_merge_is_current,
@@ -288,7 +288,7 @@ def load_tensors_into(
         plan = state.plan
     else:
         check_unpatched(model)
-        plan = make_plan(model, config, found=found)
+        plan = make_plan(model, as_saved(config), found=found)
     check_in_memory(dict(_tensors_to_fill(root, plan)))
     planned = [group.planned(config) for group in plan.groups]
     expected = _expected(root, planned, plan)

@@ -38,6 +38,7 @@ from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.commands.results import write_results
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
 from rasa_ext.methods import AdapterConfig, checked_choice, read_method
+from rasa_ext.patching.grouping import as_saved
 
 DIGEST = "sha256_of_data"
 OPEN, CLOSE = ">>>", "<<<"  # around trained text in the printed example
@@ -107,7 +108,7 @@ def train(
         trainer = AdapterTrainer(
             model,
             arguments,
-            adapter=config,
+            adapter=as_saved(config) if start else config,
             warmup=options.warmup,
             train_dataset=dataset(rows[0]),
             eval_dataset=dataset(rows[1]) if options.evaluates else None,

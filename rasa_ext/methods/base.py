@@ -117,11 +117,12 @@ class AdapterConfig:
     groups: GivenGroups = option(
         (),
         "Which layers share a pool. By default, layers share one if their shapes are equal and "
-        "their names differ only in the first integer. To choose other groups: a sequence of "
-        "patterns, one for each group; a mapping from group names to patterns; or a callable from "
-        "a layer's name to a group's name, saved as the mapping that it returned. A pattern is the "
-        "end of a layer's name, and '*' in it stands for one part of the name. Layers of different "
-        "shapes never share a pool, and layers that match no pattern follow the default.",
+        "their names differ only in the layer index, the first integer that varies. To choose "
+        "other groups: a sequence of patterns, one for each group; a mapping from group names to "
+        "patterns; or a callable from a layer's name to a group's name, saved as the mapping that "
+        "it returned. A pattern is the end of a layer's name, and '*' in it stands for one part of "
+        "the name. Layers of different shapes never share a pool, and layers that match no pattern "
+        "follow the default.",
     )
     adapter_dtype: torch.dtype = option(
         torch.float32,

@@ -53,7 +53,7 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> 
         shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)
         shown = ", ".join(repr(end) for end in list(shared)[:4])
         way_out = (
-            "only the first integer in a layer's name counts as the layer's index. To let layers "
+            "only the first integer that varies counts as the layer's index. To let layers "
             f"of one shape share a pool if their names end alike, pass {prefix}groups=[{shown}"
             f"{', ...' if len(shared) > 4 else ''}]"
         )

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -54,11 +54,12 @@ def shape_text(shape: Shape, experts: int) -> str:
     return " x ".join(map(str, (experts, *shape) if experts else shape))
 
 
-def pattern(name: str) -> str:
-    """Replace the first integer in a module path, the layer index, by ``*``.
+def pattern(name: str, which: int = 0) -> str:
+    """Replace an integer in a module path, by default the first, by ``*``.
 
     Args:
         name: a name from ``model.named_modules()``.
+        which: the place of the layer index among the integers.
 
     Returns:
         The name pattern of the layer.
@@ -67,7 +68,9 @@ def pattern(name: str) -> str:
         >>> rasa_ext.patching.pattern("model.layers.3.mlp.up_proj")
         'model.layers.*.mlp.up_proj'
     """
-    return _INDEX.sub("*", name, count=1)
+    for match in itertools.islice(_INDEX.finditer(name), which, which + 1):
+        name = f"{name[: match.start()]}*{name[match.end() :]}"
+    return name
 
 
 def every_index(name: str) -> str:
@@ -80,23 +83,33 @@ def groups_of(
 ) -> tuple[Group, ...]:
     """Group layers by name and shape, linear layers first, in order of each group's first layer.
 
+    The layer index is the first integer that varies among the names of one `every_index`.
+
     Args:
         shapes: (out, in) of linear layers by name, (experts, out, in) of stacked weights.
         experts: how stacked weights are grouped; with "layer" each one is a group.
         groups: ``groups`` of the config.
     """
     members: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    indices: dict[str, list[list[str]]] = {}
+    for name in shapes:
+        indices.setdefault(every_index(name), []).append(_INDEX.findall(name))
+    varying = {
+        form: next((i for i, each in enumerate(zip(*rows, strict=True)) if len({*each}) > 1), 0)
+        for form, rows in indices.items()
+    }
     for name, shape in sorted(shapes.items(), key=lambda item: len(item[1])):
         alone = experts == "layer" and len(shape) == 3
-        members.setdefault((name if alone else group_of(name, groups), shape), []).append(name)
+        label = name if alone else group_of(name, groups, varying[every_index(name)])
+        members.setdefault((label, shape), []).append(name)
     return tuple(
         Group(label, (out, width), tuple(names), *stacked)
         for (label, (*stacked, out, width)), names in members.items()
     )
 
 
-def group_of(name: str, groups: Groups = ()) -> str:
-    """Return the name of a layer's group: from ``groups``, else the name pattern.
+def group_of(name: str, groups: Groups = (), which: int = 0) -> str:
+    """Return the name of a layer's group: from ``groups``, else the ``pattern``.
 
     An entry with the whole name of the layer comes first, then the first pattern that the name
     ends in.
@@ -108,9 +121,9 @@ def group_of(name: str, groups: Groups = ()) -> str:
                 "groups: expected a callable that returns a group's name, or None for the default "
                 f"group, but for {name!r} it returned {chosen!r}."
             )
-        return pattern(name) if chosen is None else chosen
+        return pattern(name, which) if chosen is None else chosen
     labels = (label for label, items in groups if any(ends_in(name, item) for item in items))
-    return _whole_names(groups).get(name) or next(labels, pattern(name))
+    return _whole_names(groups).get(name) or next(labels, pattern(name, which))
 
 
 @functools.lru_cache(maxsize=8)
@@ -151,13 +164,24 @@ def group_layers(
     return groups_of(shapes, config.grouping_of_experts, groups)
 
 
-def resolve_groups(config: AdapterConfig, planned: Iterable[Group]) -> AdapterConfig:
-    """Return the config with a callable ``groups`` replaced by the mapping it gave.
+def as_saved(config: AdapterConfig) -> AdapterConfig:
+    """Return a file's config for patching: without groups, the first integer is the index."""
+    return config if config.layer_groups else dataclasses.replace(config, groups=pattern)
 
-    The mapping can be written to a file, and gives equal groups on load.
+
+def resolve_groups(config: AdapterConfig, planned: Collection[Group]) -> AdapterConfig:
+    """Return the config with ``groups`` as a file has them, which then give these groups.
+
+    A callable, and an index that is not the first integer, become the mapping that they gave.
     """
-    if not callable(config.layer_groups):
-        return config
+    given, alone = config.layer_groups, config.grouping_of_experts == "layer"
+    chosen = () if callable(given) else [label for label, _ in given]
+    if all(
+        (alone and group.experts) or group.pattern in (pattern(name), *chosen)
+        for group in planned
+        for name in group.names
+    ):
+        return dataclasses.replace(config, groups=()) if callable(given) else config
     labels: dict[str, list[str]] = {}
     for group in planned:
         labels.setdefault(group.pattern, []).extend(group.names)

@@ -230,8 +230,9 @@ def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
         if options := {keys[key]: given.pop(key) for key in keys if key in given}:
             given["rasa_options"] = {**(given.get("rasa_options") or {}), **options}
         unknown = sorted(given.keys() - known)
-        if unknown and "peft_type" in given:
-            # From a file. PEFT would drop the options, which are not in the signature.
+        self.is_from_file = "peft_type" in given
+        if unknown and self.is_from_file:
+            # PEFT would drop the options, which are not in the signature.
             warnings.warn(
                 f"adapter_config.json: {', '.join(unknown)} ignored; a newer rasa_ext may have "
                 "written the file.",

@@ -31,7 +31,7 @@ from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.nn.packs import Decoding
 from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging
-from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
+from rasa_ext.patching.grouping import Group, as_saved, group_layers, resolve_groups
 from rasa_ext.patching.merge import check_own_weights
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.patch import begin_with_weight
@@ -253,7 +253,8 @@ class RasaModel(BaseTuner):
             if not isinstance(module, RasaPeftLinear):
                 check_base(name, linears[name])
             bases[name] = linears[name]
-        groups = group_layers(config, bases, "rasa_groups")
+        rule = as_saved(config) if peft_config.is_from_file else config
+        groups = group_layers(rule, bases, "rasa_groups")
         found: dict[str, tuple[Group, list[LayerSpec], Base]] = {}
         for group in groups:
             group.planned(config)  # the method's own checks, before anything changes

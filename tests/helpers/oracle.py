@@ -119,18 +119,24 @@ def _split(down: Tensor, up: Tensor, d: Tensor, own: int) -> dict[str, Tensor]:
     }
 
 
+def _without(name: str) -> list[str]:
+    return ["*" if part.isdecimal() else part for part in name.split(".")]
+
+
 def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
     """List the groups of layer names that share a pool.
 
     Layers are in one group if their (out, in) are equal, and their paths are equal after the first
-    integer is masked.
+    integer is masked in which some path differs that is equal without integers.
     """
     found: dict[tuple, list[str]] = {}
     for name, shape in shapes.items():
         parts = name.split(".")
+        like = [other.split(".") for other in shapes if _without(other) == _without(name)]
         where = [i for i, part in enumerate(parts) if part.isdecimal()]
-        if where:
-            parts[where[0]] = "*"
+        varying = [i for i in where if any(other[i] != parts[i] for other in like)]
+        for i in (varying or where)[:1]:
+            parts[i] = "*"
         found.setdefault((tuple(parts), tuple(shape)), []).append(name)
     return list(found.values())
 

@@ -58,7 +58,10 @@ def test_models(entry):
 NAMES = [
     (["h.0.c", "h.1.c", "h.11.c"], [["h.0.c", "h.1.c", "h.11.c"]]),
     (["0", "1"], [["0", "1"]]),
-    (["block.0.layer.0.q", "block.0.layer.1.q"], [["block.0.layer.0.q"], ["block.0.layer.1.q"]]),
+    (["0.l.0.q", "0.l.1.q"], [["0.l.0.q", "0.l.1.q"]]),
+    (["0.l.0.q", "0.l.1.q", "1.q"], [["0.l.0.q", "0.l.1.q"], ["1.q"]]),
+    (["0.l.0.q", "0.l.1.q", "1.l.0.q"], [["0.l.0.q", "1.l.0.q"], ["0.l.1.q"]]),
+    (["0.l.3.e.0.q", "0.l.3.e.1.q"], [["0.l.3.e.0.q", "0.l.3.e.1.q"]]),
     (["block.0.layer.1.q", "block.1.layer.1.q"], [["block.0.layer.1.q", "block.1.layer.1.q"]]),
     (["encoder.0.q", "decoder.0.q"], [["encoder.0.q"], ["decoder.0.q"]]),
     (["head", "body"], [["head"], ["body"]]),

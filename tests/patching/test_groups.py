@@ -7,11 +7,14 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 import rasa_ext
+import rasa_ext.peft
 from rasa_ext import RasaConfig
 from rasa_ext.analysis import analyze, analyze_adapter
+from rasa_ext.patching import pattern
 from tests.helpers.adapters import patched, pool_members
 from tests.helpers.cli import invoke
 from tests.helpers.models import LLAMA
@@ -84,6 +87,48 @@ def test_saved_and_loaded(form, tmp_path):
     for row in rasa_ext.summary(model):
         shape = f"{row.shape[0]} x {row.shape[1]}"
         assert f"{row.pattern} {row.L} {shape} 1 {row.R - 1} {row.R} {row.trainable:,}" in text
+
+
+class Wrapped(nn.Module):
+    """Layers 0.l.0 and 0.l.1, as in a SentenceTransformer, whose first integer never varies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Sequential(
+            nn.ModuleDict({"l": nn.Sequential(*(nn.Linear(8, 8) for _ in "ab"))})
+        )
+
+    def forward(self, x):
+        return self.base[0]["l"](x)
+
+
+def test_an_index_that_never_varies_is_no_layer_index(tmp_path):
+    """Files keep their groups, also files of the time when the first integer was the index."""
+    x = torch.randn(3, 8)
+    for groups, count in (((), 1), (pattern, 2)):
+        model = patched(Wrapped(), 4, 1, groups=groups)
+        assert len(pool_members(model)) == count
+        rasa_ext.save_adapter(model, tmp_path / str(count))
+        settings = json.loads((tmp_path / str(count) / "adapter_config.json").read_text())
+        assert (settings["rasa_groups"] is None) == (count == 2)
+        again = rasa_ext.load_adapter(Wrapped(), tmp_path / str(count))
+        assert pool_members(again) == pool_members(model)
+        rasa_ext.load_adapter(again, tmp_path / str(count))  # the groups of patch and file agree
+        rasa_ext.save_adapter(again, tmp_path / "again")
+        by_peft = PeftModel.from_pretrained(Wrapped(), tmp_path / "again")
+        for each in (again, by_peft):
+            torch.testing.assert_close(each(x), model(x), rtol=0, atol=0)
+        assert len(analyze_adapter(tmp_path / "again")) == count
+
+
+def test_peft_groups_by_the_same_index():
+    config = rasa_ext.peft.RasaConfig(r=4, rasa_k=1)
+    model = get_peft_model(Wrapped(), config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        p.numel() for p in rasa_ext.adapter_parameters(rasa_ext.patch_model(Wrapped(), 4, 1))
+    )
+    assert config.rasa_groups == {"base.0.l.*": ["base.0.l.0", "base.0.l.1"]}
 
 
 def test_a_patched_model_pickles_though_it_was_given_a_lambda():
