@@ -27,6 +27,7 @@ CARD_LINE = "PEFT reads this adapter after `import rasa_ext.peft`, of the packag
 _SEAL = re.compile(r"\n<!-- Written by rasa_ext [^\n]*: ([0-9a-f]{64}) -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
+_QUANTIZED = re.compile(r"\bI?Q\d\w*|\bB?F(16|32)\b", re.IGNORECASE)
 _OWN = ("Load", "Serve", "Layers")
 """Sections that are written for each directory, whatever the card was given."""
 _HERE = '`"."` is the folder of this card.\n\n'
@@ -124,6 +125,11 @@ class Base:
         """Return the argument for ``from_pretrained``."""
         return self.id or BASE_FOLDER
 
+    @property
+    def gguf(self) -> str:
+        """Return the name of a .gguf file, or ""."""
+        return self.name if self.name and self.name.endswith(".gguf") else ""
+
     def link(self) -> str:
         """Return the name as a Markdown link."""
         return f"[{self.id}](https://huggingface.co/{self.id})" if self.id else f"`{self.name}`"
@@ -132,10 +138,11 @@ class Base:
         """Return a note on `BASE_FOLDER`, if the card uses it."""
         if self.id or not self.name:
             return ""
-        return (
-            f"`{BASE_FOLDER}` stands for the folder of this base, or of the model that a .gguf was "
-            "converted from.\n"
-        )
+        if not self.gguf:
+            return f"`{BASE_FOLDER}` is the folder of this base.\n"
+        kind = _QUANTIZED.search(self.name)
+        weights = f"its {kind[0] if kind else 'quantized'} weights, dequantized"
+        return f"`{BASE_FOLDER}` is this file's folder. The adapter was trained on {weights}.\n"
 
 
 def hub_id(name_or_path: str) -> str | None:
@@ -158,7 +165,7 @@ def adapter_card(
     base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
     serve = ""
     if base.name and task == "CAUSAL_LM":
-        named = "" if base.id else f" --model {BASE_FOLDER}"
+        named = "" if base.id else f" --model {BASE_FOLDER}{base.gguf and f'/{base.gguf}'}"
         serve = (
             "Servers read LoRAs. The first command exports this adapter as an exact LoRA, and "
             "prints the command that serves it. The second writes a merged model, which is served "
@@ -210,7 +217,7 @@ def lora_card(
         call = "PeftModel.from_pretrained"
         load = _load(model, base, task, "from peft import PeftModel", call, "model = ")
     if base.name and task == "CAUSAL_LM":
-        source = base.name if base.name.endswith(".gguf") else base.source
+        source = base.gguf or base.source
         float32 = getattr(model, "dtype", None) == torch.float32
         text, *commands = serving_help(
             source, Path(), settings["r"], float32=float32, expert_layout=layout, format=format
@@ -285,8 +292,9 @@ def _load(
     if not base.name or not type(model).__module__.startswith("transformers."):
         code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as before training'
         return f"```python\n{code}\n```"
+    file = base.gguf and f', gguf_file="{base.gguf}"'
     code = f"{imports}\nfrom transformers import {kind}\n\n"
-    code += f'model = {kind}.from_pretrained("{base.source}")\n{result}{call}(model, ".")'
+    code += f'model = {kind}.from_pretrained("{base.source}"{file})\n{result}{call}(model, ".")'
     return f"{base.folder_note()}{_HERE}```python\n{code}\n```"
 
 
@@ -331,8 +339,8 @@ def card_for_hub(text: str, repo_id: str, base_model: str | None, local: str | N
         body = body.replace(call.format('"."'), call.format(f'"{repo_id}"'))
     body = body.replace(_HERE, "")
     if base_model is not None:
-        body = re.sub(rf"`{BASE_FOLDER}` stands for .*\n", "", body)
-        body = body.replace(f" --model {BASE_FOLDER}", "").replace(BASE_FOLDER, base_model)
+        body = re.sub(rf"`{BASE_FOLDER}` .*\n", "", body)
+        body = re.sub(rf" --model {BASE_FOLDER}\S*", "", body).replace(BASE_FOLDER, base_model)
         row = rf"\g<1>{Base(base_model, base_model).link()}\g<2>"
         body = re.sub(r"(?m)^(\| base model \| )`.*`( \|)$", row, body)
         if local is not None and re.search(r"[/\\]", local):  # as PEFT's cards have it

@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Fine-tune language models with RaSA (Rank-Sharing Low-Rank Adaptation).",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

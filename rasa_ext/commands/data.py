@@ -62,10 +62,7 @@ def files_of(sources: str | Sequence[str], option: str) -> list[str]:
         local = source.removesuffix(".gz").endswith(_SUFFIXES) or source.startswith((".", "/", "~"))
         if not named and (local or Path(source).is_dir() or glob.has_magic(source)):
             what = "is a directory" if Path(source).is_dir() else "does not exist"
-            raise DataError(
-                f"{option}: expected a file ({', '.join(_SUFFIXES)}) or a hub data set, but "
-                f"{source} {what}."
-            )
+            raise DataError(f"{option}: expected files or a hub data set, but {source} {what}.")
         files += named or [source]
     return files
 
@@ -108,9 +105,7 @@ def read_examples(
         try:
             rows += (_row(*pair, names, completion_field) for pair in _values(name, option))
         except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{name}: expected {Path(name).suffix}, but it does not parse: {error}."
-            ) from None
+            raise DataError(f"{name}: no {Path(name).suffix} that parses: {error}.") from None
         if len(rows) == before:
             raise DataError(f"{name}: expected at least one example, got an empty file.")
     return rows
@@ -142,9 +137,8 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         code = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise DataError(
-            f"{path}, line {line}: expected UTF-8; if it is {code}: iconv -f {code} -t utf-8."
-        ) from None
+        cure = f"try iconv -f {code} -t utf-8"
+        raise DataError(f"{path}, line {line}: expected UTF-8; {cure}.") from None
 
 
 def _objects(source: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -221,8 +215,6 @@ def _hint(name: str, given: Row) -> str:
     """Return what a row without the key ``name`` has, and what to do."""
     if "chosen" in given:
         return "got 'chosen' and 'rejected', which are for `rasa-ext trl dpo`"
-    if "role" in given:
-        return "got a turn alone; put the turns of a conversation into 'messages'"
     if {"instruction", "output"} <= given.keys():
         return "got Alpaca's; pass --prompt-field instruction,input --completion-field output"
     if near := difflib.get_close_matches(name, given, 1):
@@ -351,25 +343,18 @@ def rows_for_sft(
         tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     if not (template and tokenizer.chat_template):
         return [list(rows) for rows in sets], False
-    keys = ["tools"] if any("tools" in row for rows in sets for row in rows) else []
-    chats = [
-        [
-            (_to_the_last_answer(row, tokenizer), {key: json.dumps(row.get(key)) for key in keys})
-            for row in rows
-        ]
-        for rows in sets
-    ]
+    called = any("tools" in row for rows in sets for row in rows)
+    chats = [[(_to_the_last(row, tokenizer), row.get("tools")) for row in rows] for rows in sets]
     several = any(len(_answers(turns)) > 1 for rows in chats for turns, _ in rows)
-    if several and _can_mark_turns(tokenizer):
-        return [[{"messages": turns, **tools} for turns, tools in rows] for rows in chats], True
-    return [
-        [
-            {"prompt": turns[:i], "completion": [turns[i]], **tools}
-            for turns, tools in rows
-            for i in _answers(turns)
-        ]
-        for rows in chats
-    ], False
+    marks = several and _can_mark_turns(tokenizer)
+
+    def parts(turns: Turns, tools: Any) -> list[Row]:
+        more = {"tools": json.dumps(tools)} if called else {}
+        if marks:
+            return [{"messages": turns, **more}]
+        return [{"prompt": turns[:i], "completion": [turns[i]], **more} for i in _answers(turns)]
+
+    return [[part for pair in rows for part in parts(*pair)] for rows in chats], marks
 
 
 def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple[str, str]]:
@@ -393,7 +378,7 @@ def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple
     """
     pairs = []
     for row in rows:
-        turns = _to_the_last_answer(row, tokenizer) if template else conversation(row)
+        turns = _to_the_last(row, tokenizer) if template else conversation(row)
         if template and tokenizer.chat_template:
             options = {"add_generation_prompt": True, "tools": row.get("tools")}
             asked = templated(tokenizer, turns[:-1], "data", **options)
@@ -408,7 +393,7 @@ def write_examples(path: Path, rows: Iterable[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _to_the_last_answer(row: Row, tokenizer: Any) -> Turns:
+def _to_the_last(row: Row, tokenizer: Any) -> Turns:
     """Return the conversation up to the assistant's last turn; later turns carry no loss."""
     turns = conversation(row)
     turns = turns[: _answers(turns)[-1] + 1]

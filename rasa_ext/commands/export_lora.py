@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rasa_ext.commands.options import note_template
 from rasa_ext.commands.output import command, console, table_of, working
-from rasa_ext.commands.parsing import Output, Overwrite, check_differs
+from rasa_ext.commands.parsing import Output, Overwrite, check_differs, check_least
 
 LARGE = 2**30  # bytes; a larger LoRA of experts is written only with --yes
 
@@ -39,6 +39,9 @@ def export_lora(
             (vLLM, SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]
         yes: Write a LoRA of experts even if it takes more than 1 GiB.
     """
+    check_least(rank=(rank, 1))
+    if format not in (formats := ("peft", "gguf", "mlx")):
+        raise ValueError(f"format: expected one of {', '.join(formats)}, got {format!r}.")
     note_template(adapter)
     import torch
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rasa_ext.commands.output import command, console, printable
@@ -43,6 +44,9 @@ def generate(
     check_least(temperature=(temperature, 0), max_new_tokens=(max_new_tokens, 1))
     check_dtype(dtype)
     check_seed(seed)
+    for name in targets:
+        if " " in name and not Path(name).exists():
+            raise ValueError(f"targets: expected models, got {name!r}; did you mean --prompt?")
     if prompt is None and len(targets) > 1:
         raise ValueError(
             "prompt: expected --prompt with several models, because a chat takes only one model, "

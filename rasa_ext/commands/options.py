@@ -96,7 +96,7 @@ class FinetuneOptions:
         k: Ranks per layer that go to the shared pool, if the method has one. [default:
             rank // 8, at least 1, under rasa; else the method's own]
         rank_pattern: JSON or YAML file with the ranks of some layers by name pattern, for
-            example one that `rasa-ext ranks` wrote.
+            example one that `rasa-ext ranks` wrote, a command of `pip install ./research`.
         experts: Also adapt the stacked experts of a mixture of experts. Under rasa: slot, layer
             or shared, which sets the experts that share a pool. Under lora: own.
         alpha: Under rasa, the size of the initial diagonal (8 and 32 in the paper). Under other
@@ -213,11 +213,8 @@ class FinetuneOptions:
         check_seed(self.seed)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
-        if self.test_split is not None and not (0 < self.test_split < 1 and not self.eval_data):
-            raise ValueError(
-                "test_split: expected a share in (0, 1), and no eval_data with it, got "
-                f"{self.test_split}."
-            )
+        if self.test_split is not None and (self.eval_data or not 0 < self.test_split < 1):
+            raise ValueError("test_split: expected a share in (0, 1), without eval_data.")
         if self.eval_steps is not None and not self.evaluates:
             raise ValueError("eval_steps: expected eval_data or test_split with it, got none.")
         fields = {field.name: field.default for field in dataclasses.fields(self)}
@@ -321,10 +318,7 @@ def reserved(options: FinetuneOptions) -> Iterator[None]:
             file = stack.enter_context((output / RECORD).open(mode))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (FileExistsError, BlockingIOError):
-            raise ValueError(
-                f"output: expected a folder of this run alone, but another run writes {output}; "
-                "choose another --output."
-            ) from None
+            raise ValueError(f"output: another run writes {output}; choose another.") from None
         try:
             yield
         finally:

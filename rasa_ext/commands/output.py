@@ -22,6 +22,8 @@ __all__ = ["command", "console", "progress", "table_of", "working"]
 
 INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
+_SHORT = {"output": ("--output", "-o"), "prompt": ("--prompt", "-p")}
+
 P = ParamSpec("P")
 
 
@@ -94,9 +96,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         kind = hints[parameter.name]
-        if parameter.name in helps:
+        if (name := parameter.name) in helps:
             declare = typer.Option if parameter.kind is parameter.KEYWORD_ONLY else typer.Argument
-            kind = Annotated[kind, declare(help=helps[parameter.name])]
+            kind = Annotated[kind, declare(*_SHORT.get(name, ()), help=helps[name])]
         parameters.append(parameter.replace(annotation=kind))
     vars(wrapped)["__signature__"] = inspect.Signature(parameters)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -196,7 +196,7 @@ def check_differs(
             raise ValueError(
                 f"output: expected another directory than those of the inputs, got {output}."
             )
-    if output.is_file():
+    if output.is_file() or output.suffix == ".gguf":
         raise ValueError(f"output: expected a folder, but {output} is a file.")
     check_output(output, overwrite=overwrite)
     if names := [path.name for pattern in beside for path in output.glob(pattern)]:

@@ -42,7 +42,10 @@ def push(
     except ValueError as error:
         raise ValueError(f"repository: expected owner/name, got {repository!r}: {error}") from None
     from rasa_ext import push_to_hub
+    from rasa_ext.checkpoint.card import hub_id
 
+    if model is not None and hub_id(model) is None:
+        raise ValueError(f"model: expected the base's id on the Hub, got {model!r}.")
     address = push_to_hub(
         directory,
         repository,

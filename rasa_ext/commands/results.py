@@ -22,11 +22,7 @@ from rasa_ext.patching.state import patch_state
 
 
 def write_results(
-    trainer: AdapterTrainer,
-    options: FinetuneOptions,
-    interrupted: bool,
-    trainable: int,
-    counts: Mapping[str, str],
+    trainer: AdapterTrainer, options: FinetuneOptions, interrupted: bool, trainable: int
 ) -> dict[str, Any]:
     """Write adapter, card, tokenizer, `loss.png` and `summary.json`; return the summary.
 
@@ -49,11 +45,12 @@ def write_results(
         "last_loss": sum(losses[-tenth:]) / tenth if losses else None,
         "eval_loss_before": held_out[0],
         "eval_loss": trainer.state.best_metric if best else held_out[-1],
+        "kept_step": trainer.state.best_global_step if best else trainer.state.global_step,
         "trainable": trainable,
         "peak_memory": peak_memory(),
     }
     trainer.model.eval()
-    trainer.card = run_card(trainer, options, result, counts)
+    trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return result
@@ -77,23 +74,22 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{time}, {result['tokens_per_s']:,.0f} tokens/s, peak memory {memory}")
     if result["first_loss"] is not None:
         losses = f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
-        lines.append(f"{losses} (first and last tenth of the steps)")
+        rose = (
+            "; it rose, and --lr may be too high"
+            if result["last_loss"] > result["first_loss"]
+            else ""
+        )
+        lines.append(f"{losses} (first and last tenth of the steps{rose})")
     if result["eval_loss"] is not None:
         before, after = result["eval_loss_before"], result["eval_loss"]
-        lines.append(f"held-out loss {before:.4f} -> {after:.4f}")
+        kept = f" (of step {result['kept_step']}, which is kept)"
+        kept = kept if result["kept_step"] != result["step"] else ""
+        lines.append(f"held-out loss {before:.4f} -> {after:.4f}{kept}")
     return lines
 
 
-def run_card(
-    trainer: AdapterTrainer,
-    options: FinetuneOptions,
-    result: Mapping[str, Any],
-    counts: Mapping[str, str],
-) -> Card:
-    """Make a fine-tuning run's card, with its data, options and metrics.
-
-    ``counts`` has what is in the data, by option.
-    """
+def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[str, Any]) -> Card:
+    """Make a fine-tuning run's card, with its data, options and metrics."""
     chosen = {
         "steps": f"{result['step']:,} of {result['total_steps']:,}",
         "processes": trainer.args.world_size,
@@ -101,9 +97,9 @@ def run_card(
         "trainable parameters": f"{result['trainable']:,}",
     }
     for name, value in options.to_dict().items():
-        if name in counts:
+        if name in trainer.counts:
             named = [f"`{_local(s)}`" for s in value] if isinstance(value, list) else [str(value)]
-            chosen[name] = ", ".join([*named, counts[name]])
+            chosen[name] = ", ".join([*named, trainer.counts[name]])
         elif name in ("init_adapter", "rank_pattern") and value is not None:
             chosen[name] = f"`{_local(value)}`"
         elif name not in ("model", "output", "dtype", "max_steps") and value not in (None, ""):

@@ -74,6 +74,7 @@ class AdapterTrainer(SFTTrainer):
         self._held_out = torch.zeros(2, dtype=torch.float64)
         self.card = rasa_ext.Card()
         self.record = "{}"
+        self.counts: dict[str, str] = {}  # what is in the data, by option, for the card
 
     @property
     def base_model(self) -> Any:

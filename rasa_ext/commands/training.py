@@ -121,11 +121,14 @@ def train(
         console.print(f"Starting from {options.init_adapter}: {config.title}{size}.")
     trainer.record = json.dumps(record)
     trainer.remove_callback(PrinterCallback)
-    counts = {name: counted(each) for name, each in examples.items()}
+    trainer.counts = {name: counted(each) for name, each in examples.items()}
     prepared = (trainer.train_dataset, trainer.eval_dataset)
     for name, given, learnt in zip(examples, rows, prepared, strict=False):
         source = ", ".join(asked.get(name) or [f"--test-split {options.test_split}"])
-        describe_rows(f"{source}: {counts[name]}", len(given), learnt, options, console)
+        describe_rows(f"{source}: {trainer.counts[name]}", len(given), learnt, options, console)
+    seen = set(map(json.dumps, rows[0]))
+    if both := sum(json.dumps(row) in seen for each in rows[1:] for row in each):
+        console.print(f"{both:,} held-out examples are also trained on.", style="yellow")
     show_example(trainer.train_dataset[0], tokenizer, console, plain=plain)
     trained = _describe_adapter(trainer.base_model, console)
 
@@ -153,7 +156,7 @@ def train(
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=resumed and str(resumed))
         stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
-    result = write_results(trainer, options, stopped, trained, counts)
+    result = write_results(trainer, options, stopped, trained)
     if not loaded:
         unpatch(model)
         vars(model).pop("forward", None)  # TRL's own forward, which can omit logits
@@ -263,6 +266,10 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
     if processes() > 1 and not torch.accelerator.is_available():
         usual |= {"use_cpu": True, "ddp_backend": "gloo"}  # or each process would train alone
     given = parse_yaml("training_arguments", options.training_arguments)
+    if (best := given.get("load_best_model_at_end")) and not evaluate:
+        raise ValueError(
+            "training_arguments: load_best_model_at_end: expected eval_data, got none."
+        )
     ours: dict[str, Any] = {
         "output_dir": options.output,
         "max_steps": -1 if options.max_steps is None else options.max_steps,
@@ -289,7 +296,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "steps" if evaluate else "no",
         # Below 1 it is a share of the steps; 1 - 1e-9 evaluates only after the last step.
-        "eval_steps": options.eval_steps or 1 - 1e-9,
+        "eval_steps": options.eval_steps or (options.save_steps if best else 1 - 1e-9),
         "eval_on_start": evaluate and not options.resume,
         "prediction_loss_only": True,
         "save_strategy": "steps",
@@ -314,8 +321,10 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
     if missing := set(arguments.report_to) - {*available}:
         raise ValueError(
             "training_arguments: report_to: expected installed integrations "
-            f"({', '.join(available) or 'nothing'}), got {', '.join(missing)}."
+            f"({', '.join(available) or 'nothing'}), got {', '.join(missing)}; install it with pip."
         )
+    if arguments.activation_offloading and not torch.cuda.is_available():
+        raise ValueError("training_arguments: activation_offloading: expected a GPU, got none.")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # with more, DataParallel would copy the model in every step
     return arguments

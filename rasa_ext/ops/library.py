@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,8 @@ _warned = False
 
 def _load() -> tuple[bool, bool, str]:
     """Return whether the library is loaded, whether it exists but fails to load, and the reason."""
+    if os.environ.get("RASA_EXT_CUDA") == "0":
+        return False, False, "RASA_EXT_CUDA=0 turns the compiled library off"
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or spec.origin is None:
         why = f" ({_WHY_NOT.read_text().strip()})" if _WHY_NOT.exists() else ""

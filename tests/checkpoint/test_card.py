@@ -171,6 +171,15 @@ def test_a_path_of_the_base_stays_here(form, path, tmp_path):
     assert not head(text).keys() & {"base_model", "base_model_relation"}
 
 
+def test_an_adapter_over_a_gguf_names_the_weights_and_the_call_that_loads_them(tmp_path):
+    write("adapter", model("/home/anna/Tiny-LM.Q4_1.gguf"), tmp_path)
+    text = card(tmp_path)
+    call = 'AutoModelForCausalLM.from_pretrained("BASE_FOLDER", gguf_file="Tiny-LM.Q4_1.gguf")'
+    assert call in code(text)
+    assert "trained on its Q4_1 weights, dequantized" in text
+    assert text.count(" --model BASE_FOLDER/Tiny-LM.Q4_1.gguf\n") == 2
+
+
 def test_ids_on_the_hub(tmp_path, monkeypatch):
     assert hub_id("gpt2") == "gpt2"
     assert hub_id("owner/Model-1.5_b") == "owner/Model-1.5_b"

@@ -251,6 +251,10 @@ ERRORS = [
     ("evaluate base --data no.jsonl", "data set, but no.jsonl does not exist"),
     ("push tuned a/b/c --dry-run", "repository: expected owner/name, got 'a/b/c': "),
     ("push base me/x --dry-run", "directory: expected an adapter's or a LoRA's, but"),
+    ("push tuned me/x --model ./base --dry-run", "model: expected the base's id on the Hub, got"),
+    ("export-lora tuned -o o --format ggml", "format: expected one of peft, gguf, mlx, got 'ggml'"),
+    ("export-lora tuned -o o --rank 0", "rank: expected at least 1, got 0"),
+    ("export-lora tuned -o o.gguf --model base", "output: expected a folder, but o.gguf is a file"),
     ("demo --seed -1", "seed: expected an integer from 0 to 2**32 - 1, got -1"),
 ]
 
@@ -266,6 +270,18 @@ def test_errors_are_one_sentence_and_exit_code_1(
     text = invoke(*words.split(), code=1)
     assert message in text.partition("Error: ")[2]
     assert "Traceback" not in text
+
+
+def test_a_prompt_in_the_place_of_a_model(tuned):
+    text = invoke("generate", tuned, "what is 2?", code=1)
+    assert "Error: targets: expected models, got 'what is 2?'; did you mean --prompt?" in text
+
+
+def test_short_options():
+    words = ["finetune", "--model", "m", "--data", "d", "-o", "/dev/null"]
+    assert "/dev/null: cannot be written: not a directory" in invoke(*words, code=1)
+    assert "Usage" in invoke("finetune", "-h")
+    assert "targets: expected models" in invoke("generate", "a b", "-p", "hi", code=1)
 
 
 def test_an_adapter_for_another_model(tuned, tmp_path):

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rasa_ext.commands import training
 from rasa_ext.commands.models import load_tokenizer
-from rasa_ext.commands.results import plot_loss
+from rasa_ext.commands.results import describe, plot_loss
 from tests.helpers.adapters import same_adapters
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
@@ -204,10 +204,15 @@ def test_float16_without_a_gpu_is_refused(options):
 
 
 BAD_OPTIONS = [
+    ({"test_split": 1.0}, "test_split: expected a share in (0, 1)"),
+    (
+        {"training_arguments": "activation_offloading: true"},
+        "activation_offloading: expected a GPU",
+    ),
     ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ({"max_steps": 0}, "max_steps: "),
     ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
-    ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
+    ({"lr": 5.0}, "lr: expected a number above 0, got 0.0"),
     ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
     ({"k": 9}, "k: expected 0 <= k <= rank"),
     ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
@@ -220,7 +225,7 @@ BAD_OPTIONS = [
     ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf"),
     ({"seed": -1}, "seed: "),
     ({"weight_decay": float("nan")}, "weight_decay: "),
-    ({"eval_data": "."}, "eval_data: expected a file"),
+    ({"eval_data": "."}, "eval_data: expected files"),
     ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
     ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: "),
     ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}"),
@@ -264,11 +269,34 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
     assert not Path(options.output).exists()
 
 
+def test_the_best_step_is_kept_and_named(options, files):
+    """Without --eval-steps, every checkpoint is evaluated."""
+    given = {"eval_data": str(files / "test.jsonl"), "max_steps": 6, "save_steps": 2, "lr": 5.0}
+    best = "load_best_model_at_end: true"
+    result, _ = run(options, **given, training_arguments=best)
+    rows = [
+        row for row in read_metrics(Path(options.output) / "metrics.jsonl") if "eval_loss" in row
+    ]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    least = min(rows[1:], key=lambda row: row["eval_loss"])
+    assert (result["kept_step"], result["eval_loss"]) == (least["step"], least["eval_loss"])
+    assert result["kept_step"] < 6
+    (line,) = [each for each in describe(result) if each.startswith("held-out")]
+    assert line.endswith(f"(of step {least['step']}, which is kept)")
+    with pytest.raises(ValueError, match="load_best_model_at_end: expected eval_data"):
+        run(options, overwrite=True, training_arguments=best)
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(options):
+    text = run(options, eval_data=options.data, max_steps=1)[1]
+    assert "22 held-out examples are also trained on" in text
+
+
 BAD_PATHS = [
     (
         "data",
         "no.csv",
-        "data: expected a file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a hub",
+        "data: expected files or a hub data set, but no.csv does not",
     ),
     ("model", "./no", "model: the directory ./no does not exist"),
     ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),

@@ -2,6 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
+
+import rasa_ext
+from rasa_ext.ops import library
 
 PROGRAM = """
 import importlib.util, sys, warnings
@@ -44,3 +50,17 @@ def test_the_first_use_of_cuda_warns_once_with_the_reason(tmp_path):
     assert file == "<string>", "it points to the caller"
     assert f"not in use: the compiled library {path} does not load (" in message
     assert "every operator runs as PyTorch operations" in message
+
+
+@pytest.mark.parametrize(("value", "off"), [("0", True), ("1", False)])
+def test_a_variable_turns_the_library_off(value, off, tmp_path, monkeypatch):
+    monkeypatch.setenv("RASA_EXT_CUDA", value)
+    there = SimpleNamespace(origin=str(tmp_path / "_C.so"))
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda _: there)
+    compiled, broken, reason = library._load()
+    assert (compiled, broken) == (False, not off)
+    assert ("RASA_EXT_CUDA=0 turns" in reason) == off
+    monkeypatch.setattr(library, "_REASON", reason)
+    monkeypatch.setattr(library.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(library, "BROKEN", broken)
+    assert reason in rasa_ext.cuda_status()
