@@ -180,10 +180,9 @@ def _loaded(source: str, option: str) -> Iterable[Any]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below has the message
+    place = {"path": "parquet", "data_files": source} if file else {"path": source}
     try:
-        if file:
-            return datasets.load_dataset("parquet", data_files=source, split="train")
-        return datasets.load_dataset(source, split="train")
+        return datasets.load_dataset(**place, split="train")
     except Exception as error:
         what = "no Parquet file" if file else "neither a file nor a hub data set"
         raise DataError(f"{option}: {source!r} is {what} that can be loaded: {error}") from error
@@ -299,10 +298,7 @@ def conversation(row: Row) -> Turns:
     Raises DataError for a plain text.
     """
     if "text" in row:
-        raise DataError(
-            "data: expected prompts and completions, or conversations, got plain text, which has "
-            "no questions and answers."
-        )
+        raise DataError("data: expected prompts and completions, or conversations, got plain text.")
     if "messages" in row:
         return list(row["messages"])
     return [
@@ -332,10 +328,8 @@ def rows_for_sft(
     texts = ["text" in row for rows in sets for row in rows]
     if any(texts):
         if not all(texts):
-            raise DataError(
-                "data: expected all rows, including those of --eval-data, to be plain texts, or "
-                f"none, got {sum(texts)} texts among {len(texts)} rows."
-            )
+            got = f"{sum(texts)} texts among {len(texts)} rows"
+            raise DataError(f"data: expected all rows, also held-out, or none as text, got {got}.")
         return [list(rows) for rows in sets], False
     if any("messages" in row for rows in sets for row in rows):
         if not template:

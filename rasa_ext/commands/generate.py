@@ -48,10 +48,7 @@ def generate(
         if " " in name and not Path(name).exists():
             raise ValueError(f"targets: expected models, got {name!r}; did you mean --prompt?")
     if prompt is None and len(targets) > 1:
-        raise ValueError(
-            "prompt: expected --prompt with several models, because a chat takes only one model, "
-            f"got {', '.join(targets)}."
-        )
+        raise ValueError(f"prompt: expected --prompt with several models, got {targets}.")
     from rasa_ext.commands.measuring import each_model
     from rasa_ext.commands.options import trained_with_template
 

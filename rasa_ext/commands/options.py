@@ -215,7 +215,7 @@ class FinetuneOptions:
             raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
         if self.test_split is not None and (self.eval_data or not 0 < self.test_split < 1):
             raise ValueError("test_split: expected a share in (0, 1), without eval_data.")
-        if self.eval_steps is not None and not self.evaluates:
+        if self.eval_steps is not None and not (self.eval_data or self.test_split):
             raise ValueError("eval_steps: expected eval_data or test_split with it, got none.")
         fields = {field.name: field.default for field in dataclasses.fields(self)}
         for name in parse_yaml("training_arguments", self.training_arguments):
@@ -224,15 +224,10 @@ class FinetuneOptions:
         if self.init_adapter is None:
             self.adapter()
         elif given := [name for name in OF_AN_ADAPTER if getattr(self, name) != fields[name]]:
+            got = getattr(self, given[0])
             raise ValueError(
-                f"{given[0]}: expected none with init_adapter, since the adapter in "
-                f"{self.init_adapter} has its own, got {getattr(self, given[0])!r}."
+                f"{given[0]}: expected none, as init_adapter has its own, got {got!r}."
             )
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run has held-out data."""
-        return bool(self.eval_data or self.test_split)
 
     def _check_paths(self) -> None:
         for option in ("data", "eval_data"):
@@ -251,11 +246,7 @@ class FinetuneOptions:
         from rasa_ext import methods  # imports torch, which the help and path checks do not need
 
         config = methods.method_named(self.method)
-        if config.loop:
-            raise ValueError(
-                f"method: {self.method!r} is not trained by an optimizer alone; use your own "
-                f"training loop with {config.loop}."
-            )
+        check_loop(config, "method")
         known = {field.name for field in dataclasses.fields(config)}
         given = parse_yaml("method_options", self.method_options)
         options = {
@@ -285,10 +276,8 @@ class FinetuneOptions:
             raise ValueError("overwrite: expected it without resume, which continues a run.")
         trained = any(output.glob("checkpoint-*/trainer_state.json"))
         if trained and not (self.resume or self.overwrite):
-            raise ValueError(
-                f"output: {output} holds checkpoints of an earlier run; pass --resume to continue "
-                "it, --overwrite to replace it, or choose another --output."
-            )
+            ways = "--resume continues it, --overwrite replaces it"
+            raise ValueError(f"output: {output} holds checkpoints of an earlier run; {ways}.")
         sources = filter(None, (self.model, self.init_adapter))
         # A run that overwrites removes an earlier model (`make_room`).
         check_differs(sources, output, overwrite=self.resume or self.overwrite, beside=())
@@ -324,6 +313,13 @@ def reserved(options: FinetuneOptions) -> Iterator[None]:
         finally:
             if not (output / RECORD).stat().st_size:
                 (output / RECORD).unlink()
+
+
+def check_loop(config: AdapterConfig | type[AdapterConfig], argument: str) -> None:
+    """Raise ValueError if a method needs more than an optimizer."""
+    if config.loop:
+        why = f"is not trained by an optimizer alone; use your own loop with {config.loop}"
+        raise ValueError(f"{argument}: the method {config.method!r} {why}.")
 
 
 def trained_with_template(name: str | Path) -> bool:
@@ -366,7 +362,5 @@ def _rank_pattern(file: str | None) -> Any:
     try:
         data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"rank_pattern: expected JSON or YAML in {file}, but it does not parse: {error}"
-        ) from None
+        raise ValueError(f"rank_pattern: {file} is no JSON or YAML: {error}") from None
     return data.get("rank_pattern", data) if isinstance(data, dict) else data

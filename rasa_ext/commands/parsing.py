@@ -87,9 +87,8 @@ def _read_config_file(
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path}: expected YAML, but it does not parse: {error}") from None
     if not isinstance(data, dict):
-        raise typer.BadParameter(
-            f"{path}: expected a mapping of option names to values, got {type(data).__name__}."
-        )
+        kind = type(data).__name__
+        raise typer.BadParameter(f"{path}: expected option names with values, got {kind}.")
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
@@ -143,10 +142,8 @@ def parse_targets(text: str) -> str | list[str]:
         return text.removeprefix("regex:")  # the config checks the expression
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ValueError(
-            "target_modules: expected 'all-linear', names separated by commas, or 'regex:' and a "
-            f"regular expression, got {text!r}."
-        )
+        forms = "'all-linear', names separated by commas, or 'regex:' and an expression"
+        raise ValueError(f"target_modules: expected {forms}, got {text!r}.")
     return names
 
 
@@ -193,14 +190,10 @@ def check_differs(
     """
     for source in sources:
         if Path(source).resolve() == output.resolve():
-            raise ValueError(
-                f"output: expected another directory than those of the inputs, got {output}."
-            )
+            raise ValueError(f"output: expected another directory than the inputs', got {output}.")
     if output.is_file() or output.suffix == ".gguf":
         raise ValueError(f"output: expected a folder, but {output} is a file.")
     check_output(output, overwrite=overwrite)
     if names := [path.name for pattern in beside for path in output.glob(pattern)]:
-        raise ValueError(
-            f"output: expected no {names[0]} in {output}, since readers would load it together "
-            "with the new files; move it or choose another --output."
-        )
+        why = "since readers would load it with the new files; choose another --output"
+        raise ValueError(f"output: expected no {names[0]} in {output}, {why}.")

@@ -74,11 +74,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{time}, {result['tokens_per_s']:,.0f} tokens/s, peak memory {memory}")
     if result["first_loss"] is not None:
         losses = f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
-        rose = (
-            "; it rose, and --lr may be too high"
-            if result["last_loss"] > result["first_loss"]
-            else ""
-        )
+        rose = "; it rose, try a lower --lr" if result["last_loss"] > result["first_loss"] else ""
         lines.append(f"{losses} (first and last tenth of the steps{rose})")
     if result["eval_loss"] is not None:
         before, after = result["eval_loss_before"], result["eval_loss"]

@@ -32,7 +32,7 @@ from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
 from rasa_ext.commands.data import DataError, counted, read_examples, rows_for_sft, split
 from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer, own_tokenizer
-from rasa_ext.commands.options import RECORD, FinetuneOptions
+from rasa_ext.commands.options import RECORD, FinetuneOptions, check_loop
 from rasa_ext.commands.output import working
 from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.commands.results import write_results
@@ -40,7 +40,6 @@ from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
 from rasa_ext.methods import AdapterConfig, checked_choice, read_method
 from rasa_ext.patching.grouping import as_saved
 
-DIGEST = "sha256_of_data"
 OPEN, CLOSE = ">>>", "<<<"  # around trained text in the printed example
 _SHOWN = 400  # characters; longer text without loss is shortened in the middle
 # Options that may change on a resume, because no step depends on them.
@@ -88,7 +87,7 @@ def train(
     record = {
         **options.to_dict(),
         "processes": processes(),
-        DIGEST: hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "rows of the data, as sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
     state = None
     if resumed is not None:
@@ -111,7 +110,7 @@ def train(
             adapter=as_saved(config) if start else config,
             warmup=options.warmup,
             train_dataset=dataset(rows[0]),
-            eval_dataset=dataset(rows[1]) if options.evaluates else None,
+            eval_dataset=dataset(rows[1]) if len(rows) > 1 else None,
             processing_class=tokenizer,
         )
     if start:
@@ -176,9 +175,7 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """
     before = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
     other = [
-        "other rows in the data"
-        if name == DIGEST
-        else f"{name} ({before.get(name)!r} before, {value!r} now)"
+        f"{name} ({before.get(name)!r} before, {value!r} now)"
         for name, value in record.items()
         if name not in _HARMLESS and before.get(name) != value
     ]
@@ -192,10 +189,8 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
 def _template(path: str) -> str:
     """Read a chat template's file, as TRL does, but before the data is converted."""
     if not (path.endswith((".jinja", ".j2")) and Path(path).is_file()):
-        raise ValueError(
-            f"training_arguments: chat_template_path: expected a .jinja file, got {path!r}; the "
-            "template of another tokenizer may have tokens that the base lacks."
-        )
+        why = "that of another tokenizer may have tokens that the base lacks"
+        raise ValueError(f"chat_template_path: expected a .jinja file, got {path!r}; {why}.")
     return Path(path).read_text(encoding="utf-8")
 
 
@@ -219,11 +214,7 @@ def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[
         lora = convert_lora(model, read_lora(options.init_adapter), options.init_adapter)
         return lora.config, lora.tensors
     config = read_method(settings)
-    if config.loop:
-        raise ValueError(
-            f"init_adapter: its method {config.method!r} is not trained by an optimizer alone; use "
-            f"your own training loop with {config.loop}."
-        )
+    check_loop(config, "init_adapter")
     return config, tensors
 
 
@@ -233,9 +224,7 @@ def _load(options: FinetuneOptions) -> Any:
         model = load_model(options.model, options.dtype, kind)
     if model.dtype == torch.float16 and not torch.cuda.is_available():
         if options.dtype == "float16":
-            raise ValueError(
-                "dtype: float16 training needs a GPU; on a CPU use float32 or bfloat16."
-            )
+            raise ValueError("dtype: float16 needs a GPU; on a CPU use float32 or bfloat16.")
         model = torch.nn.Module.float(model)  # transformers' own refuses quantized models
     return model
 
@@ -253,7 +242,7 @@ def _describe_adapter(model: Any, console: Console) -> int:
 def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = False) -> SFTConfig:
     kinds = [kind.value for kind in SchedulerType]
     checked_choice("lr_scheduler_type", options.lr_scheduler_type, kinds)
-    evaluate = options.evaluates
+    evaluate = bool(options.eval_data or options.test_split)
     usual = {
         "optim": "adamw_torch",
         "per_device_eval_batch_size": 2 * options.batch_size,  # no activations are stored
@@ -267,9 +256,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         usual |= {"use_cpu": True, "ddp_backend": "gloo"}  # or each process would train alone
     given = parse_yaml("training_arguments", options.training_arguments)
     if (best := given.get("load_best_model_at_end")) and not evaluate:
-        raise ValueError(
-            "training_arguments: load_best_model_at_end: expected eval_data, got none."
-        )
+        raise ValueError("training_arguments: load_best_model_at_end: expected eval_data with it.")
     ours: dict[str, Any] = {
         "output_dir": options.output,
         "max_steps": -1 if options.max_steps is None else options.max_steps,
@@ -319,10 +306,8 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         raise ValueError(f"training_arguments: {error}") from error
     available = get_available_reporting_integrations()
     if missing := set(arguments.report_to) - {*available}:
-        raise ValueError(
-            "training_arguments: report_to: expected installed integrations "
-            f"({', '.join(available) or 'nothing'}), got {', '.join(missing)}; install it with pip."
-        )
+        there, names = ", ".join(available) or "none is", ", ".join(missing)
+        raise ValueError(f"training_arguments: report_to: {there} installed, pip install {names}.")
     if arguments.activation_offloading and not torch.cuda.is_available():
         raise ValueError("training_arguments: activation_offloading: expected a GPU, got none.")
     if arguments.n_gpu > 1:
@@ -339,10 +324,8 @@ def describe_rows(
     """
     length = options.seq_len
     if not len(prepared):
-        raise DataError(
-            f"seq_len: none of the {given} examples has a completion token within {length} tokens; "
-            "raise --seq-len or shorten the prompts."
-        )
+        what = f"has a completion token within {length} tokens"
+        raise DataError(f"seq_len: none of the {given} examples {what}; raise --seq-len.")
     labels = prepared["labels"]
     learnt = sum(label != IGNORE for row in labels for label in row)
     packed = options.packing and len(prepared) < given

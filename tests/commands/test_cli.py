@@ -193,7 +193,7 @@ BAD_FILES = [
     ("lora_r: 4", r"unknown key 'lora_r'; did you mean 'rank'\?"),
     ("zebra: 4", r"unknown key 'zebra'; known are model, data, output"),
     ("config: other.yaml", r"unknown key 'config'"),
-    ("- rank", r"expected a mapping of option names to values, got list"),
+    ("- rank", r"expected option names with values, got list"),
     ("a: b: c", r"expected YAML, but it does not parse"),
     ("rank: [1, 2]", "Invalid value for '--rank'"),
     ("rank: 2.5", "Invalid value for '--rank'"),

@@ -73,7 +73,7 @@ def test_a_model_and_an_adapter_never_share_a_folder(command, places, tmp_path):
     before = content(output)
     text = run(command, places, output, "--overwrite", code=1)
     name = "adapter_config.json" if command == "merge" else "model.safetensors"
-    assert f"output: expected no {name} in {output}, since readers would load it together" in text
+    assert f"output: expected no {name} in {output}, since readers would load it with the" in text
     assert content(output) == before
 
 
@@ -96,7 +96,7 @@ def test_what_is_read_is_never_overwritten(command, places):
     for read in (places["base"], places[COMMANDS[command][1]]):
         before = content(read)
         text = run(command, places, read, "--overwrite", code=1)
-        assert "output: expected another directory than those of the inputs" in text
+        assert "output: expected another directory than the inputs'" in text
         assert content(read) == before
 
 

@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number_stops_the_run(options):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in float16")
 def test_float16_without_a_gpu_is_refused(options):
-    with pytest.raises(ValueError, match=r"dtype: float16 .* needs a GPU"):
+    with pytest.raises(ValueError, match=r"dtype: float16 needs a GPU"):
         run(options, dtype="float16")
 
 
@@ -212,7 +212,7 @@ BAD_OPTIONS = [
     ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ({"max_steps": 0}, "max_steps: "),
     ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
-    ({"lr": 5.0}, "lr: expected a number above 0, got 0.0"),
+    ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
     ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
     ({"k": 9}, "k: expected 0 <= k <= rank"),
     ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
@@ -228,7 +228,7 @@ BAD_OPTIONS = [
     ({"eval_data": "."}, "eval_data: expected files"),
     ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
     ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: "),
-    ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}"),
+    ({"rank_pattern": __file__}, f"rank_pattern: {__file__} is no JSON or YAML"),
     ({"modules_to_save": "pigeon"}, "modules_to_save: "),
     ({"method": "elora"}, "method: expected "),
     ({"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
@@ -243,7 +243,7 @@ BAD_OPTIONS = [
             "pigeon: 1": "training_arguments: SFTConfig has no pigeon.",
             "max_grad_nrm: 1": "no max_grad_nrm; did you mean max_grad_norm?",
             "max_grad_norm: one": "max_grad_norm: expected a number, got 'one'",
-            "report_to: pigeon": "report_to: expected installed integrations (",
+            "report_to: pigeon": "report_to: ",
             "chat_template_path: x": "chat_template_path: expected a .jinja file, got 'x'",
             "deepspeed: no.json": "training_arguments: ",
             "bf16: true": "bf16 is set by the option dtype",

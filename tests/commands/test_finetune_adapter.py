@@ -99,9 +99,9 @@ def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path):
 
 
 OWN = [
-    ({"rank": 4}, "rank: expected none with init_adapter, since the adapter in"),
-    ({"method": "lora"}, "method: expected none with init_adapter, .*, got 'lora'"),
-    ({"modules_to_save": "norm"}, "modules_to_save: expected none with init_adapter"),
+    ({"rank": 4}, "rank: expected none, as init_adapter has its own, got"),
+    ({"method": "lora"}, "method: expected none, as init_adapter has its own, got 'lora'"),
+    ({"modules_to_save": "norm"}, "modules_to_save: expected none, as init_adapter"),
     ({"init_adapter": "base"}, "init_adapter: expected an adapter's directory, but .*base hol"),
     ({"init_adapter": "none"}, "init_adapter: expected an adapter's directory, but .*none doe"),
 ]
@@ -196,6 +196,6 @@ def test_a_gguf_is_not_quantized_again(tmp_path):
 def test_what_a_run_begins_with_is_not_overwritten(name, options, folder):
     given = {"init_adapter": str(folder / "rasa"), "output": str(folder / name)}
     before = content(folder / name)
-    with pytest.raises(ValueError, match="output: expected another directory than those of the"):
+    with pytest.raises(ValueError, match="output: expected another directory than the inputs'"):
         run(options, **given, overwrite=True)
     assert content(folder / name) == before
