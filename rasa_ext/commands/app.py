@@ -25,7 +25,8 @@ from rasa_ext.commands.trl import app as trl_app
 
 app = typer.Typer(
     name="rasa-ext",
-    help="Fine-tune language models with RaSA (Rank-Sharing Low-Rank Adaptation).",
+    help="Fine-tune language models with RaSA (Rank-Sharing Low-Rank Adaptation). Packages add "
+    "commands: `pip install ./research` adds ranks and others.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},

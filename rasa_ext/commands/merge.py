@@ -32,6 +32,7 @@ def merge(
     note_template(adapter)
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
+    from rasa_ext.checkpoint.files import read_config
     from rasa_ext.commands.models import (
         base_of,
         load_model,
@@ -39,10 +40,12 @@ def merge(
         own_tokenizer,
         save_model,
     )
+    from rasa_ext.methods import read_method
     from rasa_ext.writing import CONFIG, STALE, TOKENIZER, new_folder
 
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite, beside=[CONFIG])
+        read_method(read_config(adapter))  # refuses a LoRA before the base is loaded
         base = load_model(name, dtype)
         tokenizer = own_tokenizer(adapter, needed=False) or load_tokenizer(name)
         rasa_ext.load_adapter(base, adapter)

@@ -272,6 +272,12 @@ def test_errors_are_one_sentence_and_exit_code_1(
     assert "Traceback" not in text
 
 
+def test_a_lora_is_not_merged_and_its_base_not_loaded(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("was loaded"))
+    lora = save_lora(base, tmp_path / "lora")
+    assert "got 'LORA'; convert" in invoke("merge", lora, "-o", tmp_path / "merged", code=1)
+
+
 def test_a_prompt_in_the_place_of_a_model(tuned):
     text = invoke("generate", tuned, "what is 2?", code=1)
     assert "Error: targets: expected models, got 'what is 2?'; did you mean --prompt?" in text
