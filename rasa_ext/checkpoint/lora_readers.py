@@ -17,6 +17,9 @@ from rasa_ext.checkpoint.lora_view import Export
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
 
+VLLM_HEADS = ("score", "classifier")
+"""Names of trained heads that vLLM takes, for models that classify."""
+
 GGUF = "adapter.gguf"
 """File name of a LoRA for llama.cpp."""
 

@@ -16,7 +16,7 @@ ORDER = [
     {"patching"},
     {"checkpoint"},
     {"peft", "analysis", "training"},
-    {"api"},
+    {"api", "serving"},
     {""},
     {"commands"},
 ]

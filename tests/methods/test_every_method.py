@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rasa_ext
 from rasa_ext import ops
+from rasa_ext.serving.expansion import expand
 from tests.helpers.methods import (
     CASES,
     KNOWN,
@@ -98,6 +99,21 @@ def test_weight_changes_and_an_export(name, tmp_path):
         assert len(A) <= config["r"]
         product = config["lora_alpha"] / config["r"] * B.double() @ A.double()
         torch.testing.assert_close(product, dW.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps", [None, lambda name: True], ids=["expanded", "pools kept"])
+def test_a_server_reads_the_formula_from_the_folder(name, keeps, tmp_path):
+    model = case(name)
+    rasa_ext.save_adapter(model, tmp_path)
+    found = expand(tmp_path, base, keeps)
+    for path, expected in changes(model, name).items():
+        A, B = (found.tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        assert len(A) <= found.settings["r"] == found.settings["lora_alpha"]
+        dW = B.double() @ A.double()
+        for pool in found.pools:
+            if path in pool.d:
+                dW += (pool.B * pool.d[path].double()) @ pool.A
+        torch.testing.assert_close(dW, expected.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_copied(name):

@@ -1,0 +1,19 @@
+"""Adapters in inference servers, as they were saved: a plug-in of vLLM.
+
+vLLM finds `register` by the entry point ``vllm.general_plugins``, and calls it in every process.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Let vLLM load the folders of this package's adapters; vLLM calls this.
+
+    Example:
+        >>> from rasa_ext.serving import register
+        >>> register()  # without vLLM, or with a vLLM that it does not fit, it does nothing
+    """
+    # Not at the top: the entry point is imported in processes that load no adapter.
+    from rasa_ext.serving.vllm import install
+
+    install()

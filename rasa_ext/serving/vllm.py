@@ -1,0 +1,87 @@
+"""The plug-in of vLLM: its worker reads the folders of this package's adapters, expanded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTED = ("0.32.0",)
+"""Versions of vLLM that the tests ran."""
+_log = logging.getLogger("vllm.rasa_ext")  # a child of vLLM's logger, which prints
+
+
+def install() -> None:
+    """Wrap vLLM's loading of adapters, once; do nothing if there is no vLLM that has it."""
+    try:
+        from vllm.lora.worker_manager import WorkerLoRAManager as Manager
+
+        if hasattr(Manager._load_adapter, "__wrapped__"):
+            return
+        if list(inspect.signature(Manager._load_adapter).parameters) != ["self", "lora_request"]:
+            raise AttributeError("_load_adapter has other arguments")
+    except (ImportError, AttributeError) as error:
+        _log.warning(
+            "rasa_ext: this vLLM cannot load RaSA adapters (%s); versions that were tested: %s",
+            error,
+            ", ".join(TESTED),
+        )
+        return
+    Manager._load_adapter = _reading(Manager._load_adapter)
+
+
+def _reading(load: Any) -> Any:
+    """Return vLLM's ``_load_adapter``, able to read folders of this package's adapters."""
+
+    @functools.wraps(load)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        from vllm.lora.utils import get_adapter_absolute_path
+
+        from rasa_ext.checkpoint.files import read_config, write_files
+        from rasa_ext.methods import AdapterConfig
+        from rasa_ext.serving.expansion import expand
+
+        folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+        try:
+            ours = read_config(folder).get("peft_type") == AdapterConfig.peft_type
+        except FileNotFoundError:
+            ours = False  # vLLM's own error has the kind that its server expects
+        if not ours:
+            return load(self, lora_request)
+        manager, config = self._adapter_manager, self.lora_config
+        found = expand(folder, lambda: _skeleton(manager.model.config))
+        _check_rank(found.settings["r"], config.max_lora_rank, lora_request.lora_name)
+        tensors = {key: tensor.to(config.lora_dtype) for key, tensor in found.tensors.items()}
+        request = copy.copy(lora_request)
+        # vLLM reads a folder, so that all its checks and names of layers are those of any LoRA.
+        with tempfile.TemporaryDirectory(prefix="rasa_ext-") as request.lora_path:
+            write_files(Path(request.lora_path), found.settings, tensors)
+            return load(self, request)
+
+    return _load_adapter
+
+
+def _skeleton(config: Any) -> Any:
+    """Return transformers' model of a config on the meta device, for names and shapes."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, config.architectures[0])(config)
+
+
+def _check_rank(rank: int, limit: int, name: str) -> None:
+    from rasa_ext.checkpoint.lora_readers import VLLM_RANKS
+
+    if rank > limit:
+        needed = next((r for r in VLLM_RANKS if r >= rank), None)
+        way = f"start vLLM with --max-lora-rank {needed}" if needed else "merge it: rasa-ext merge"
+        raise ValueError(
+            f"--max-lora-rank: expected at least {rank} for the adapter {name!r}, whose effective "
+            f"rank this is, got {limit}; {way}."
+        )
