@@ -9,6 +9,12 @@ from __future__ import annotations
 def register() -> None:
     """Let vLLM load the folders of this package's adapters; vLLM calls this.
 
+    ``RASA_EXT_VLLM_POOLS`` chooses how: unset, an adapter becomes a LoRA of its effective rank.
+    With "shared" the pools stay shared, for k up to 1; with "shared:4" for k up to 4.
+
+    Raises:
+        ValueError: ``RASA_EXT_VLLM_POOLS`` has another value.
+
     Example:
         >>> from rasa_ext.serving import register
         >>> register()  # without vLLM, or with a vLLM that it does not fit, it does nothing

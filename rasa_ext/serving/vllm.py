@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 import logging
+import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import torch
 
 TESTED = ("0.32.0",)
 """Versions of vLLM that the tests ran."""
+POOLS = "RASA_EXT_VLLM_POOLS"
 _log = logging.getLogger("vllm.rasa_ext")  # a child of vLLM's logger, which prints
 
 
 def install() -> None:
     """Wrap vLLM's loading of adapters, once; do nothing if there is no vLLM that has it."""
+    k = _pooled_ranks(os.environ.get(POOLS, ""))
     try:
         from vllm.lora.worker_manager import WorkerLoRAManager as Manager
 
@@ -26,6 +30,10 @@ def install() -> None:
             return
         if list(inspect.signature(Manager._load_adapter).parameters) != ["self", "lora_request"]:
             raise AttributeError("_load_adapter has other arguments")
+        if k is not None:
+            from rasa_ext.serving.vllm_pools import share_pools
+
+            share_pools(k)
     except (ImportError, AttributeError) as error:
         _log.warning(
             "rasa_ext: this vLLM cannot load RaSA adapters (%s); versions that were tested: %s",
@@ -34,6 +42,18 @@ def install() -> None:
         )
         return
     Manager._load_adapter = _reading(Manager._load_adapter)
+
+
+def _pooled_ranks(text: str) -> int | None:
+    """Return the largest k to keep pools for, or None to expand them."""
+    if not text:
+        return None
+    if (match := re.fullmatch(r"shared(?::([1-9]\d*))?", text)) is None:
+        raise ValueError(
+            f'{POOLS}: expected nothing, "shared", or "shared:K" for adapters of k up to K, got '
+            f"{text!r}."
+        )
+    return int(match[1] or 1)
 
 
 def _reading(load: Any) -> Any:
@@ -55,14 +75,18 @@ def _reading(load: Any) -> Any:
         if not ours:
             return load(self, lora_request)
         manager, config = self._adapter_manager, self.lora_config
-        found = expand(folder, lambda: _skeleton(manager.model.config))
+        pools = getattr(manager, "rasa_pools", None)
+        found = expand(folder, lambda: _skeleton(manager.model.config), pools and pools.keeps)
         _check_rank(found.settings["r"], config.max_lora_rank, lora_request.lora_name)
+        kept = pools and pools.ready(found.pools, lora_request.lora_name)
         tensors = {key: tensor.to(config.lora_dtype) for key, tensor in found.tensors.items()}
         request = copy.copy(lora_request)
         # vLLM reads a folder, so that all its checks and names of layers are those of any LoRA.
         with tempfile.TemporaryDirectory(prefix="rasa_ext-") as request.lora_path:
             write_files(Path(request.lora_path), found.settings, tensors)
-            return load(self, request)
+            lora = load(self, request)
+        lora.rasa_pools = kept or {}
+        return lora
 
     return _load_adapter
 

@@ -16,7 +16,7 @@ import torch
 import rasa_ext
 from rasa_ext.checkpoint import read_lora
 from rasa_ext.serving import register
-from rasa_ext.serving.vllm import TESTED
+from rasa_ext.serving.vllm import POOLS, TESTED
 from tests.helpers.adapters import patched
 from tests.helpers.tiny_lm import make_model
 
@@ -51,6 +51,7 @@ def vllm(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv(POOLS, raising=False)
     return kind
 
 
@@ -68,6 +69,7 @@ def test_vllm_reads_the_expanded_lora_in_its_own_dtype(vllm, folder):
     assert not Path(told.of.lora_path).exists()
     assert told.lora.rank == told.lora.config["r"] == 3 + make_model().config.num_hidden_layers
     assert {A.dtype for _, A in told.lora.factors.values()} == {torch.bfloat16}
+    assert told.rasa_pools == {}
 
 
 def test_other_folders_go_to_vllm(vllm, tmp_path):
@@ -111,6 +113,13 @@ def test_a_vllm_without_the_seam_is_left_alone(vllm, change, caplog):
     (record,) = caplog.records
     assert "_load_adapter" in record.getMessage()
     assert ", ".join(TESTED) in record.getMessage()
+
+
+@pytest.mark.parametrize("text", ["yes", "shared:", "shared:0", "shared:x", "Shared"])
+def test_other_words_for_pools(vllm, text, monkeypatch):
+    monkeypatch.setenv(POOLS, text)
+    with pytest.raises(ValueError, match=f'{POOLS}: expected nothing, "shared".*got {text!r}'):
+        register()
 
 
 def test_the_entry_point_imports_neither_torch_nor_vllm():
