@@ -1,7 +1,7 @@
-"""ServedAdapter: keep the LoRA of a vLLM server up to date in training, for TRL's GRPOTrainer.
+"""ServedAdapter: keep the adapter of a vLLM server up to date in training, for TRL's GRPOTrainer.
 
-Only the adapter is sent, as an exact LoRA; the server keeps its base model. Copy this file beside
-your script. docs/rl.md shows how to use it.
+Only the adapter is sent, as it is trained; the server keeps its base model, and rasa_ext's plug-in
+of vLLM reads the adapter. Copy this file beside your script. docs/rl.md shows how to use it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 import rasa_ext
-import rasa_ext.peft
 
 _PASSING = (502, 503, 504)
 """HTTP codes of a server that is starting, or of a proxy in front of it."""
@@ -35,21 +34,21 @@ class ServerError(RuntimeError):
 class ServedAdapter(TrainerCallback):
     """Send a server the adapter of the model in training, and generate completions there.
 
-    At the start of training, and every ``every`` steps, the adapter is exported exactly, as a LoRA
-    in a new folder. The server loads it, and the previous LoRA is unloaded and removed. The last
-    one stays. Every LoRA has a new name and folder, for two reasons. vLLM caches keys and values of
-    prompts by name and folder, not by content. And if a LoRA replaces another of equal name, vLLM
-    reads it from disk again at every step.
+    At the start of training, and every ``every`` steps, the adapter is saved in a new folder. The
+    server loads it, and the previous adapter is unloaded and removed. The last one stays. Every
+    adapter has a new name and folder, for two reasons. vLLM caches keys and values of prompts by
+    name and folder, not by content. And if an adapter replaces another of equal name, vLLM reads it
+    from disk again at every step.
 
     With TRL's GRPOTrainer, pass the object in ``callbacks`` and its ``rollout`` as
     ``rollout_func``.
 
     Args:
-        server: address of a vLLM server that was started with ``--enable-lora`` and
-            ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``.
-        directory: folder for the LoRAs, which must have this path on the server too.
-        name: prefix of the LoRAs' names.
-        every: number of optimizer steps between two LoRAs.
+        server: address of a vLLM server that has rasa_ext installed and was started with
+            ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``.
+        directory: folder for the adapters, which must have this path on the server too.
+        name: prefix of the adapters' names.
+        every: number of optimizer steps between two syncs.
         adapter_name: the adapter's name in a PEFT model.
         timeout: seconds to wait for an answer.
         tries: how often to send a request that gets no answer.
@@ -57,7 +56,7 @@ class ServedAdapter(TrainerCallback):
     Raises:
         ValueError: in the constructor, ``every`` or ``tries`` is below 1.
         ServerError: in training, the server refuses a request or does not answer.
-        OSError: in training, a LoRA cannot be written; the server then keeps the previous one.
+        OSError: in training, an adapter cannot be written; the server then keeps the previous one.
 
     Example:
         >>> from served_adapter import ServedAdapter
@@ -84,8 +83,8 @@ class ServedAdapter(TrainerCallback):
         self.every, self.adapter_name = every, adapter_name
         self.timeout, self.tries = timeout, tries
         self.served: str | None = None
-        """Name of the LoRA on the server, or None before training."""
-        # Random, because LoRAs of another run may still be on the server or in the folder.
+        """Name of the adapter on the server, or None before training."""
+        # Random, because adapters of another run may still be on the server or in the folder.
         self._prefix = f"{name}-{uuid.uuid4().hex[:6]}"
         self._step = -1
 
@@ -104,7 +103,7 @@ class ServedAdapter(TrainerCallback):
             self._send_from_first(state, model)
 
     def _send_from_first(self, state: Any, model: nn.Module) -> None:
-        """Send from the first process, then broadcast the LoRA's name to the others."""
+        """Send from the first process, then broadcast the adapter's name to the others."""
         if state.is_world_process_zero:
             self.send(model, state.global_step)
         names = [self.served]
@@ -112,31 +111,32 @@ class ServedAdapter(TrainerCallback):
         self.served, self._step = names[0], state.global_step
 
     def send(self, model: nn.Module, step: int) -> str:
-        """Write the adapter as a LoRA, load it on the server, and unload the previous one.
+        """Save the adapter, load it on the server, and unload the previous one.
 
         Args:
             model: a patched model, or a PEFT model with an adapter of this package.
-            step: number at the end of the LoRA's name; larger than the previous one.
+            step: number at the end of the adapter's name; larger than the previous one.
 
         Returns:
-            The LoRA's name on the server.
+            The adapter's name on the server.
 
         Raises:
             ServerError: the server refuses a request or does not answer.
-            OSError: the LoRA cannot be written; the server keeps the previous one.
+            OSError: the adapter cannot be written; the server keeps the previous one.
         """
         name, before = f"{self._prefix}-{step}", self.served
         folder = self.directory.resolve() / name
         folder.mkdir(parents=True)
         try:
-            # Only vLLM reads this LoRA, so parts that other programs would drop are allowed.
+            path = folder
             if isinstance(model, PeftModel):
-                rasa_ext.peft.export_lora(
-                    model, folder, self.adapter_name, allow_dropped=True, card=None
+                model.save_pretrained(
+                    str(folder), selected_adapters=[self.adapter_name], save_embedding_layers=False
                 )
+                path = folder / ("" if self.adapter_name == "default" else self.adapter_name)
             else:
-                rasa_ext.export_lora(model, folder, allow_dropped=True, card=None)
-            self._load(name, folder)
+                rasa_ext.save_adapter(model, folder, card=None)
+            self._load(name, path)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -158,12 +158,12 @@ class ServedAdapter(TrainerCallback):
             per prompt.
 
         Raises:
-            RuntimeError: no LoRA was sent yet, usually because the object is not in ``callbacks``.
+            RuntimeError: no adapter was sent yet; usually the object is not in ``callbacks``.
             ServerError: the server refuses a request or does not answer.
         """
         if self.served is None:
             raise RuntimeError(
-                "callbacks: expected this ServedAdapter, got none; no LoRA was sent to the server."
+                "callbacks: expected this ServedAdapter, got none; no adapter was sent to vLLM."
             )
         args, tokens = trainer.args, _tokens(prompts, trainer)
         drawn = {
@@ -194,7 +194,7 @@ class ServedAdapter(TrainerCallback):
         try:
             self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except ServerError:
-            # The server also refuses a LoRA that it has: if its first answer was lost, for example.
+            # The server also refuses an adapter that it has: its first answer may have been lost.
             if not self._has(name):
                 raise
 
@@ -208,7 +208,7 @@ class ServedAdapter(TrainerCallback):
         try:
             self._ask("/v1/unload_lora_adapter", {"lora_name": name})
         except ServerError:
-            if self._has(name):  # a restarted server no longer has the LoRA, which is no error
+            if self._has(name):  # a restarted server no longer has the adapter, which is no error
                 raise
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -232,8 +232,9 @@ class ServedAdapter(TrainerCallback):
             except (OSError, http.client.HTTPException) as error:
                 reason, cause = f"did not answer {path} ({error}), {self.tries} times", error
         raise ServerError(
-            f"server: {self.server} {reason.rstrip('.')}. It must run vLLM with --enable-lora, a "
-            "--max-lora-rank of at least the adapter's, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
+            f"server: {self.server} {reason.rstrip('.')}. It must run vLLM with rasa_ext, "
+            "--enable-lora, a --max-lora-rank of at least the adapter's effective rank, and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
         ) from cause
 
 

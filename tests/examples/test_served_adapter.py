@@ -105,7 +105,7 @@ def test_every_sync_serves_what_is_trained(front_end, server, tmp_path, figure):
     assert max(check.told) < LIMIT
     for name, parameter in trainer.model.named_parameters():
         assert parameter.requires_grad or same_bits(parameter.detach(), before[name]), name
-    # One LoRA per sync, each asked only for its step's completions; the last one remains.
+    # One adapter per sync, each asked only for its step's completions; the last one remains.
     assert len(set(check.names)) == len(check.names) == 4
     asked = [body["model"] for path, body in server.requests if path == COMPLETE]
     assert asked == check.names[:3]
@@ -169,7 +169,7 @@ def test_no_server(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lora_that_cannot_be_written(server, tmp_path, monkeypatch):
+def test_an_adapter_that_cannot_be_written(server, tmp_path, monkeypatch):
     model, served = patched(make_model()), ServedAdapter(server.address, tmp_path)
     name = served.send(model, 0)
 
@@ -177,7 +177,7 @@ def test_a_lora_that_cannot_be_written(server, tmp_path, monkeypatch):
         (folder / "adapter_config.json").write_text("{")
         raise OSError("no space")
 
-    monkeypatch.setattr(rasa_ext, "export_lora", fail)
+    monkeypatch.setattr(rasa_ext, "save_adapter", fail)
     with pytest.raises(OSError, match="no space"):
         served.send(model, 1)
     assert served.served == name

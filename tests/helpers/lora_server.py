@@ -1,11 +1,12 @@
-"""A LoRA server with the HTTP interface that trainers use of vLLM: load, unload, list, complete.
+"""A server with the HTTP interface that trainers use of vLLM: load, unload, list, complete.
 
-PEFT loads the files and computes, so the server shares no code with the package.
+It reads RaSA's files itself, so that it shares no code with the package.
 """
 
 import contextlib
 import copy
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.helpers.servers import JsonHandler, answering
 
 
 class LoraServer(ThreadingHTTPServer):
-    """A server that completes token ids with a causal language model and a request's LoRA."""
+    """A server that completes token ids with a causal language model and a request's adapter."""
 
     daemon_threads = True
 
@@ -40,8 +41,7 @@ class LoraServer(ThreadingHTTPServer):
             raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
         if not path.is_absolute() or not path.is_dir():
             raise Refusal(404, f"No adapter found for {path}")
-        model = PeftModel.from_pretrained(copy.deepcopy(self.base), path).eval()
-        rank = model.peft_config["default"].r
+        model, rank = adapted(self.base, path)
         if rank > self.max_rank:
             raise Refusal(400, f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}.")
         self.loras[name] = model
@@ -72,6 +72,28 @@ class LoraServer(ThreadingHTTPServer):
             told.append(logits[token].item())
             tokens.append(token)
         return {"token_ids": tokens[len(prompt) :], "logprobs": {"token_logprobs": told}}
+
+
+@torch.no_grad()
+def adapted(base: nn.Module, path: Path) -> tuple[nn.Module, int]:
+    """Return a copy of the base with dW in its weights, and the effective rank."""
+    tensors, pools = load_file(path / "adapter_model.safetensors"), {}
+    for key in tensors:
+        if key.endswith(".rasa_pool_A"):
+            pools[_kind(key)] = tensors[key], tensors[f"{key[:-1]}B"]
+    model, rank = copy.deepcopy(base).eval(), 0
+    for key, d in tensors.items():
+        if key.endswith(".rasa_d"):
+            A, B = tensors[f"{key[:-1]}A"], tensors[f"{key[:-1]}B"]
+            A_pool, B_pool = pools[_kind(key)]
+            weight = model.get_submodule(key[len("base_model.model.") : -len(".rasa_d")]).weight
+            weight += (torch.cat([B, B_pool], 1) * d) @ torch.cat([A, A_pool])
+            rank = max(rank, len(d))
+    return model, rank
+
+
+def _kind(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", key.rpartition(".")[0], count=1)
 
 
 class Refusal(Exception):

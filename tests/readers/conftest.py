@@ -5,6 +5,7 @@ adapter fails the tests.
 """
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor
 
 import rasa_ext
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer, save_model
+from tests.readers.environments import VLLM
 from tests.readers.likeliest import LIMIT
 
+ROOT = Path(__file__).parents[2]
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
     "def add(a, b):\n    return a +",
@@ -56,6 +59,20 @@ def case(tmp_path_factory) -> Case:
     for one, other in (("base", "first"), ("base", "second"), ("first", "second")):
         assert difference(expected[one], expected[other]) > 3, (one, other)
     return Case(Path(gguf), folder / "base", prompts, TEXTS, adapters, expected)
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory) -> dict[str, str]:
+    """Variables with which vLLM finds this checkout as if it were installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = folder / f"{project['name'].replace('-', '_')}-0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    ((group, names),) = (e for e in project["entry-points"].items() if e[0].startswith("vllm"))
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
+    (found / "entry_points.txt").write_text("\n".join(lines))
+    return VLLM | {"PYTHONPATH": f"{ROOT}:{folder}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture

@@ -44,6 +44,23 @@ def served(reader: str, words: list[str], log: Path, **variables: str) -> Iterat
             server.wait(60)
 
 
+def complete(post, model: str, tokens: list[int]) -> dict[str, float]:
+    """Return the 20 likeliest next tokens and their log-probabilities, as vLLM answers."""
+    told = post(
+        "/v1/completions",
+        {
+            "model": model,
+            "prompt": tokens,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 20,
+            "return_tokens_as_token_ids": True,
+        },
+    )
+    (first,) = told["choices"][0]["logprobs"]["top_logprobs"]
+    return {token.removeprefix("token_id:"): value for token, value in first.items()}
+
+
 def _post(url: str, body: dict[str, Any], server: subprocess.Popen, log: Path) -> Any:
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}

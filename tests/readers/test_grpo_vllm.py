@@ -1,4 +1,4 @@
-"""GRPO with a real vLLM server that receives only the adapter at every step."""
+"""GRPO with a real vLLM server that receives only the adapter, as it is saved, at every step."""
 
 import pytest
 import torch
@@ -7,21 +7,24 @@ from transformers import AutoTokenizer
 import rasa_ext
 from examples.served_adapter import ServedAdapter
 from rasa_ext.commands.models import load_model
+from rasa_ext.serving.vllm import POOLS
 from tests.helpers.lora_server import log_probabilities
 from tests.readers.conftest import TEXTS, fill
-from tests.readers.environments import VLLM
 from tests.readers.likeliest import LIMIT
 from tests.readers.servers import served as serving
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.readers
+SYNCS = 20
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, record_property):
+def test_the_server_computes_with_what_was_just_trained(
+    case, plugin, tmp_path, figure, record_property
+):
     words = ["vllm", "serve", str(case.base), "--dtype", "float32", "--max-model-len", "256"]
-    words += ["--enforce-eager", "--enable-lora", "--max-lora-rank", "64", "--max-loras", "2"]
+    words += ["--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
     model = rasa_ext.patch_model(load_model(str(case.gguf)), rank=8, k=1)
     fill(model, 0)
     told, before, moved = [], [], []
@@ -36,7 +39,7 @@ def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, 
         before.append((prompt, tokens, expected))
         return found
 
-    with serving("vllm", words, tmp_path / "log", **VLLM) as post:
+    with serving("vllm", words, tmp_path / "log", **plugin, **{POOLS: "shared"}) as post:
         post("/tokenize", {"prompt": "it is up"})
         served = ServedAdapter(post.address, tmp_path / "adapters")
         trainer = trl.GRPOTrainer(
@@ -63,9 +66,16 @@ def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, 
         )
         trainer.train()
         rollout(TEXTS[:2], trainer)
+        for step in range(3, SYNCS):
+            fill(model, step)
+            served.send(model, step)
+            rollout(TEXTS[step % 2 : step % 2 + 2], trainer)
+    (sent,) = (tmp_path / "adapters").rglob("*.safetensors")
     record_property("vLLM, GRPO that sends it the adapter at every step", max(told))
     figure(f"vLLM, GRPO: off {max(told):.1e}, moved by a step {min(moved):.1e}")
-    assert len(told) == 3 * 2
+    figure(f"a sync of GRPO: {sent.stat().st_size / 1e6:.1f} MB")
+    assert len(told) == SYNCS * 2
+    assert sent.stat().st_size < 10e6
     assert max(told) < LIMIT, told
     assert min(moved) > 30 * LIMIT, moved
 

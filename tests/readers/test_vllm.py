@@ -5,7 +5,7 @@ import pytest
 from tests.readers.commands import exported
 from tests.readers.environments import VLLM, ask
 from tests.readers.likeliest import COUNT, off, prompts
-from tests.readers.servers import served
+from tests.readers.servers import complete, served
 
 pytestmark = pytest.mark.readers
 
@@ -47,19 +47,3 @@ def test_the_server_as_printed(case, loras, tmp_path, measured):
             told = [complete(post, model, case.prompts[i][:n]) for i, n in prompts(case)]
             found[name] = off(case, name, told, 20)
     measured("vLLM, the server as printed, an adapter loaded while it runs", found)
-
-
-def complete(post, model: str, tokens: list[int]) -> dict[str, float]:
-    told = post(
-        "/v1/completions",
-        {
-            "model": model,
-            "prompt": tokens,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logprobs": 20,
-            "return_tokens_as_token_ids": True,
-        },
-    )
-    (first,) = told["choices"][0]["logprobs"]["top_logprobs"]
-    return {token.removeprefix("token_id:"): value for token, value in first.items()}

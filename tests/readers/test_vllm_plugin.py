@@ -1,8 +1,6 @@
 """vLLM with the plug-in: adapters as they were saved, expanded or with their pools shared."""
 
 import shutil
-import tomllib
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,29 +11,13 @@ from rasa_ext.commands.models import load_model
 from rasa_ext.serving.vllm import POOLS
 from tests.readers import likeliest
 from tests.readers.conftest import fill, log_probabilities
-from tests.readers.environments import VLLM, ask
+from tests.readers.environments import ask
 from tests.readers.likeliest import COUNT, prompts
-from tests.readers.servers import served
-from tests.readers.test_vllm import complete
+from tests.readers.servers import complete, served
 
 pytestmark = pytest.mark.readers
-ROOT = Path(__file__).parents[2]
 LIMIT = 1e-4  # in nats; measured: 5.7e-5
 LOADS = 20
-
-
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory) -> dict[str, str]:
-    """Variables with which vLLM finds this checkout as if it were installed."""
-    folder = tmp_path_factory.mktemp("installed")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = folder / f"{project['name'].replace('-', '_')}-0.dist-info"
-    found.mkdir()
-    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
-    ((group, names),) = (e for e in project["entry-points"].items() if e[0].startswith("vllm"))
-    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
-    (found / "entry_points.txt").write_text("\n".join(lines))
-    return VLLM | {"PYTHONPATH": f"{ROOT}:{folder}", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="module")
