@@ -153,11 +153,13 @@ def _limits(
     """Yield what some reader refuses, or reads only with an option."""
     if any(is_conv1d(linear.base) for linear in export.linears.values()):
         yield f"the model has Conv1D layers, whose LoRA vLLM cannot serve; for vLLM, {INSTEAD}."
-    if names := ", ".join(export.modules_to_save):
+    if names := ", ".join(name for name in export.modules_to_save if name not in VLLM_HEADS):
         yield (
             f"vLLM refuses modules_to_save ({names}), and llama.cpp refuses all of them but norms; "
             f"for these readers, {INSTEAD}."
         )
+    elif names := ", ".join(export.modules_to_save):
+        yield f"llama.cpp refuses modules_to_save ({names}); for that reader, {INSTEAD}."
     if alone := _without_sibling("q_proj", "v_proj", export):
         yield (
             f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "

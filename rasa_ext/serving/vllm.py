@@ -26,7 +26,7 @@ def install() -> None:
     try:
         from vllm.lora.worker_manager import WorkerLoRAManager as Manager
 
-        if hasattr(Manager._load_adapter, "__wrapped__"):
+        if hasattr(Manager, "rasa_ext"):
             return
         if list(inspect.signature(Manager._load_adapter).parameters) != ["self", "lora_request"]:
             raise AttributeError("_load_adapter has other arguments")
@@ -41,7 +41,7 @@ def install() -> None:
             ", ".join(TESTED),
         )
         return
-    Manager._load_adapter = _reading(Manager._load_adapter)
+    Manager._load_adapter, Manager.rasa_ext = _reading(Manager._load_adapter), TESTED
 
 
 def _pooled_ranks(text: str) -> int | None:

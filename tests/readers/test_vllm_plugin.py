@@ -181,6 +181,35 @@ def test_more_adapters_than_slots(family, tensor_parallel, plugin, tmp_path, fig
         assert difference > 1000 * LIMIT, name
 
 
+def test_a_trained_head_of_a_classifier(plugin, tmp_path, figure):
+    """In the folder as saved, and in a LoRA of it."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("llama", **SIZES, num_labels=3)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).float().eval()
+    model.save_pretrained(tmp_path / "base")
+    tokens = list(range(3, 40))
+    expected = {"base": classes(model, tokens)}
+    rasa_ext.patch_model(model, 4, 1, modules_to_save=["score"])
+    fill(model, 0)
+    torch.nn.init.normal_(model.score.weight)
+    expected |= dict.fromkeys(("saved", "a LoRA"), classes(model, tokens))
+    rasa_ext.save_adapter(model, tmp_path / "saved")
+    with pytest.warns(UserWarning, match=r"llama\.cpp refuses modules_to_save \(score\); for that"):
+        rasa_ext.export_lora(model, tmp_path / "a LoRA")
+    folders = {name: str(tmp_path / name) for name in expected if name != "base"}
+    question = {"base": str(tmp_path / "base"), "adapters": folders, "tokens": tokens}
+    told = ask("vllm", "ask_vllm_classifier.py", question, tmp_path, **plugin, **{POOLS: "shared"})
+    found = {name: (torch.tensor(told[name]) - expected[name]).abs().max() for name in expected}
+    figure(f"vLLM, a trained head: {found}")
+    assert max(found.values()) < 1e-5, found
+    assert (expected["saved"] - expected["base"]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def classes(model, tokens: list[int]) -> torch.Tensor:
+    return model(torch.tensor([tokens])).logits[0].softmax(-1)
+
+
 def test_a_server_goes_on_after_a_damaged_folder(case, plugin, tmp_path, measured):
     damaged, normed = tmp_path / "damaged", tmp_path / "normed"
     shutil.copytree(case.adapters["first"], damaged)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import logging
 import subprocess
 import sys
@@ -98,6 +99,12 @@ def test_it_wraps_once(vllm):
     once = vllm._load_adapter
     register()
     assert vllm._load_adapter is once
+
+
+def test_another_plug_in_may_have_wrapped_it_before(vllm, folder):
+    before = vllm._load_adapter
+    vllm._load_adapter = functools.wraps(before)(lambda *given: before(*given))
+    test_vllm_reads_the_expanded_lora_in_its_own_dtype(vllm, folder)
 
 
 @pytest.mark.parametrize("change", ["no method", "another signature"])
