@@ -1,10 +1,10 @@
-"""vLLM on a CPU: adapters and the base in one batch, and the printed server command."""
+"""vLLM on a CPU, without the plug-in: the printed server command."""
 
 import pytest
 
 from tests.readers.commands import exported
-from tests.readers.environments import VLLM, ask
-from tests.readers.likeliest import COUNT, off, prompts
+from tests.readers.environments import VLLM
+from tests.readers.likeliest import off, prompts
 from tests.readers.servers import complete, served
 
 pytestmark = pytest.mark.readers
@@ -14,23 +14,6 @@ pytestmark = pytest.mark.readers
 def loras(case, tmp_path_factory):
     """Both adapters as LoRAs, with the printed command."""
     return exported(case, tmp_path_factory.mktemp("vllm"))
-
-
-def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, measured):
-    names = list(case.expected)
-    asked = [
-        {"tokens": case.prompts[i][:n], "adapter": name} for i, n in prompts(case) for name in names
-    ]
-    question = {
-        "base": str(case.base),
-        "rank": 64,
-        "count": COUNT,
-        "adapters": {name: str(path) for name, (path, _) in loras.items()},
-        "requests": asked,
-    }
-    told = ask("vllm", "ask_vllm.py", question, tmp_path, **VLLM)
-    found = {name: off(case, name, told[i :: len(names)]) for i, name in enumerate(names)}
-    measured("vLLM, two adapters and the base in one batch", found)
 
 
 def test_the_server_as_printed(case, loras, tmp_path, measured):
