@@ -1,10 +1,10 @@
 """Generate the parts of the documentation that come from the sources: ``python docs/generate.py``.
 
 A generated part is between a comment and ``<!-- end -->``. The comment names the content:
-``<!-- options PACKAGE -->`` for commands, ``<!-- fields CONFIG -->`` for a config, or
-``<!-- reference NAME ... -->`` for docstrings. Pictures, the tutorial's notebook and the
-changelog's page are generated too. ``--check`` writes nothing, and fails with the names of outdated
-files.
+``<!-- options PACKAGE -->`` for commands, ``<!-- fields CONFIG -->`` for a config,
+``<!-- reference NAME ... -->`` for docstrings, or ``<!-- file PATH -->`` for a file, whole.
+Pictures, the tutorial's notebook and the changelog's page are generated too. ``--check`` writes
+nothing, and fails with the names of outdated files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import typer  # noqa: E402
 from rasa_ext.commands.app import app  # noqa: E402
 from rasa_ext.methods import AdapterConfig  # noqa: E402
 
-PART = re.compile(r"(<!-- (options|fields|reference)\b(.*?)\s-->\n).*?(?=<!-- end -->)", re.DOTALL)
+PART = re.compile(
+    r"(<!-- (options|fields|reference|file)\b(.*?)\s-->\n).*?(?=<!-- end -->)", re.DOTALL
+)
 
 
 def options(package: str) -> str:
@@ -77,6 +79,12 @@ def fields(name: str) -> str:
         entry(f"`{each.name}` (default: `{each.default!r}`)", each.metadata["help"])
         for each in rows
     )
+
+
+def file(path: str) -> str:
+    """Show a file of the repository whole."""
+    language = {".py": "py", ".yaml": "yml"}[Path(path).suffix]
+    return f"```{language}\n{(DOCS.parent / path).read_text().rstrip()}\n```"
 
 
 def located(name: str) -> Any:
@@ -172,7 +180,7 @@ def escape(text: str) -> str:
 def generated() -> dict[Path, str]:
     """Return the new text of every file with generated parts."""
     files = {DOCS / "pictures" / f"{name}.svg": svg for name, svg in pictures.draw_all().items()}
-    make = {"options": options, "fields": fields, "reference": reference}
+    make = {"options": options, "fields": fields, "reference": reference, "file": file}
     for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text()
         if PART.search(text):

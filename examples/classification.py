@@ -3,6 +3,9 @@
 python examples/classification.py
 """
 
+import random
+
+import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -14,22 +17,53 @@ from transformers import (
 import rasa_ext
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEXTS = ["A joy to watch.", "I left after an hour.", "The best of the year.", "Dull."]
-LABELS = [1, 0, 1, 0]
+WORDS = {
+    1: "wonderful moving brilliant charming superb delightful funny gripping excellent lovely",
+    0: "awful boring stupid tedious dreadful painful bland confusing terrible dull",
+}
+THINGS = [
+    "film",
+    "plot",
+    "cast",
+    "music",
+    "ending",
+    "script",
+    "camera",
+    "story",
+    "pace",
+    "dialogue",
+]
 
+random.seed(0)
+parts = {"train": [], "test": []}
 tokenizer = AutoTokenizer.from_pretrained(NAME)
+for label, words in WORDS.items():
+    for i, word in enumerate(words.split()):
+        for thing in THINGS:
+            row = {**tokenizer(f"The {thing} was {word}."), "labels": label}
+            parts["test" if i >= 7 else "train"].append(row)  # the test has other words
+random.shuffle(parts["train"])
+
+torch.manual_seed(0)  # of the head
 model = AutoModelForSequenceClassification.from_pretrained(NAME, num_labels=2)
 model.config.pad_token_id = tokenizer.pad_token_id
 rasa_ext.patch_model(model, rank=8, k=1, modules_to_save=["score"])
-rows = [{**tokenizer(text), "labels": label} for text, label in zip(TEXTS, LABELS, strict=True)]
 arguments = TrainingArguments(
     "classification",
-    learning_rate=3e-3,
-    max_steps=8,
-    per_device_train_batch_size=4,
+    learning_rate=1e-3,
+    max_steps=15,
+    per_device_train_batch_size=8,
     report_to="none",
 )
-collator = DataCollatorWithPadding(tokenizer)
-trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+trainer = Trainer(
+    model,
+    arguments,
+    train_dataset=parts["train"],
+    eval_dataset=parts["test"],
+    data_collator=DataCollatorWithPadding(tokenizer),
+    compute_metrics=lambda told: {"right": (told.predictions.argmax(1) == told.label_ids).mean()},
+)
+before = trainer.evaluate()["eval_right"]
 trainer.train()
+print(f"right of held-out words: {before:.0%} -> {trainer.evaluate()['eval_right']:.0%}")
 trainer.save_model("classification")  # the adapter and the head

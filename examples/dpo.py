@@ -1,5 +1,7 @@
 """DPO: prefer one answer to another. python examples/dpo.py"""
 
+import random
+
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -7,24 +9,49 @@ from trl import DPOConfig, DPOTrainer
 import rasa_ext.peft
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PAIRS = [
-    {"prompt": f"What is {i} plus {i}?", "chosen": f" {i + i}", "rejected": " I do not know."}
-    for i in range(16)
-]
 
+
+def turn(role, text):
+    """Return a conversation of one turn, to which TRL applies the model's chat template."""
+    return [{"role": role, "content": text}]
+
+
+pairs = [
+    {
+        "prompt": turn("user", f"What is {i} plus {j}?"),
+        "chosen": turn("assistant", f"{i} plus {j} is {i + j}."),
+        "rejected": turn("assistant", f"{i} + {j} = {i + j}"),
+    }
+    for i in range(2, 12)
+    for j in range(2, 12)
+]
+random.seed(0)
+random.shuffle(pairs)
 trainer = DPOTrainer(
     AutoModelForCausalLM.from_pretrained(NAME),  # the reference is this model without the adapter
     args=DPOConfig(
         "dpo",
-        learning_rate=1e-4,
-        max_steps=4,
+        learning_rate=1e-3,
+        max_steps=5,
         per_device_train_batch_size=4,
+        gradient_checkpointing=False,  # True saves memory
         bf16=False,  # True on a GPU
         report_to="none",
     ),
-    train_dataset=Dataset.from_list(PAIRS),
+    train_dataset=Dataset.from_list(pairs[:-8]),
+    eval_dataset=Dataset.from_list(pairs[-8:]),
     processing_class=AutoTokenizer.from_pretrained(NAME),
     peft_config=rasa_ext.peft.RasaConfig(r=8, task_type="CAUSAL_LM"),
 )
+
+
+def preference():
+    """Return by how many nats the held-out chosen answers are likelier than the rejected ones."""
+    told = trainer.evaluate()
+    return told["eval_logps/chosen"] - told["eval_logps/rejected"]
+
+
+before = preference()
 trainer.train()
+print(f"chosen above rejected, nats: {before:.1f} -> {preference():.1f}")
 trainer.save_model("dpo")

@@ -54,6 +54,6 @@ for pool, names in groups.items():
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(y, wanted).backward()
         optimizer.step()
-print(f"loss on another text: dense {before[0]:.3f}, pruned {before[1]:.3f}, ", end="")
-print(f"repaired {loss(pruned, OTHER):.3f}")
+after = loss(pruned, OTHER)
+print(f"loss on another text: dense {before[0]:.3f}, pruned {before[1]:.3f} -> {after:.3f}")
 rasa_ext.save_adapter(pruned, "repaired")

