@@ -6,7 +6,10 @@ about as wide as a phone's screen, so that its text is readable there.
 
 from __future__ import annotations
 
+import csv
 import io
+import statistics
+from pathlib import Path
 
 import matplotlib
 
@@ -42,7 +45,8 @@ def pool() -> Figure:
         (
             rasa,
             rank - k,
-            f"RaSA, r = {rank}, k = {k}: each layer uses {effective_rank(layers, rank, k)} ranks",
+            f"RaSA, r = {rank}, k = {k}, equal parameters:\n"
+            f"each layer uses {effective_rank(layers, rank, k)} ranks",
         ),
     ):
         for layer in range(layers):
@@ -155,7 +159,58 @@ def flow() -> Figure:
     return figure
 
 
-PICTURES = {"pool": pool, "matrices": matrices, "ranks": ranks, "flow": flow}
+def known_rank() -> Figure:
+    """Plot held-out losses at r = 1, a panel for each task of research/experiments/known_rank."""
+    looks = {
+        "lora-r1": ("LoRA", FROZEN),
+        "diagonal-r1": ("RaSA, k = 0:\nno pool", PRIVATE),
+        "rasa-r1-k1": ("RaSA, k = 1", POOL),
+    }
+    figure, panels = pyplot.subplots(2, 2, figsize=(8.3, 5.8), layout="constrained")
+    for axes, (task, losses) in zip(panels.flat, known_rank_losses().items(), strict=True):
+        for place, (method, (_, color)) in enumerate(looks.items()):
+            axes.plot([place] * len(losses[method]), losses[method], "o", color=color, alpha=0.6)
+            mean = statistics.mean(losses[method])
+            axes.plot([place - 0.25, place + 0.25], [mean, mean], color=color, linewidth=3)
+            axes.text(place + 0.3, mean, f"{mean:.2g}" if mean < 1 else f"{mean:.2f}", va="center")
+        axes.set_xticks(range(len(looks)), [label for label, _ in looks.values()])
+        axes.set(xlim=(-0.5, 2.75), ylim=(0, None), title=task)
+    for row in panels:
+        row[0].set_ylabel("held-out loss")
+    return figure
+
+
+def known_rank_losses() -> dict[str, dict[str, list[float]]]:
+    """Read ten seeds' losses at the best rate, the only one that all seeds ran, by task, method."""
+    path = Path(__file__).parents[1] / "research/experiments/known_rank/results/runs.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    tasks = {
+        f"{task}-L{layers}": f"{question}\n{layers} layers, r = 1"
+        for layers in (2, 6)
+        for task, question in (
+            ("permute", "Do values that changed places in half\nof the facts do so in the others?"),
+            ("values", "Are new values known\nafter other words than in training?"),
+        )
+    }
+    losses: dict[str, dict[str, list[float]]] = {}
+    for task, title in tasks.items():
+        runs: dict[tuple[str, str], list[float]] = {}
+        for row in rows:
+            if row["task"] == task:
+                found = runs.setdefault((row["method"], row["lr"]), [])
+                found.append(float(row["test_loss"]))
+        losses[title] = {method: run for (method, _), run in runs.items() if len(run) == 10}
+    return losses
+
+
+PICTURES = {
+    "pool": pool,
+    "matrices": matrices,
+    "ranks": ranks,
+    "flow": flow,
+    "known_rank": known_rank,
+}
 
 
 def draw_all() -> dict[str, str]:

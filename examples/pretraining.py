@@ -19,12 +19,13 @@ trainer = SFTTrainer(
     args=SFTConfig(
         "pretraining",
         learning_rate=3e-3,
-        max_steps=10,
+        max_steps=8,
         per_device_train_batch_size=2,
         max_length=256,
         packing=True,  # joins texts, and splits long ones
         packing_strategy="wrapped",
         eval_packing=True,
+        gradient_checkpointing=False,  # True saves memory
         bf16=False,  # True on a GPU
         report_to="none",
     ),
