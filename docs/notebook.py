@@ -9,7 +9,7 @@ from nbformat import v4
 
 BASH = "%%bash -e"
 """Used instead of ``!``, which is a terminal (progress bars move) and ignores failed commands."""
-LINK = re.compile(r"\[([^]]*)\]\((?!\w+:)[^)]*\)")
+LINK = re.compile(r"(?<!!)\[([^]]*)\]\((?!\w+:)[^)]*\)")
 BLOCK = re.compile(r"^```(python|bash|text)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 

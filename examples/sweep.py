@@ -19,8 +19,8 @@ from rasa_ext.methods import LoraConfig, RasaConfig
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 METHODS = {"rasa": RasaConfig, "lora": LoraConfig}
-RUNGS = (3, 6, 12)  # steps after which the held-out loss is measured
-ROWS, HELD_OUT, TRIALS = 4, 8, 8
+RUNGS = (2, 4, 8)  # steps after which the held-out loss is measured
+ROWS, HELD_OUT, TRIALS = 2, 4, 8
 
 
 def encode(rows, tokenizer):

@@ -121,6 +121,12 @@ def test_the_site_shows_every_picture_as_it_is_lit():
     assert text.count("<picture>") == shown.count("-dark.svg#only-dark)") > 0
 
 
+def test_a_cell_is_shown_with_its_output():
+    cell = {"cell_type": "code", "source": ["x = 2\n", "print(x)"], "outputs": [{"text": ["2\n"]}]}
+    assert hooks.shown(cell) == "```python\nx = 2\nprint(x)\n```\n\n```text\n2\n```"
+    assert hooks.shown({"cell_type": "markdown", "source": ["A ", "B"]}) == "A B"
+
+
 @pytest.mark.parametrize("page", PAGES + RESEARCH, ids=lambda page: page.name)
 def test_code_fits_its_column(page):
     """Lines must have at most 100 characters, the width of the site's column on a wide screen."""

@@ -10,10 +10,10 @@ sweep = pytest.importorskip("examples.sweep", reason="optuna is not installed")
 
 @pytest.fixture(scope="module")
 def data():
-    tokenizer, rows = make_tokenizer(), sums(56)
-    parts = [rows[i * 4 : i * 4 + 4] for i in range(14)]
+    tokenizer, rows = make_tokenizer(), sums(36)
+    parts = [rows[i * 4 : i * 4 + 4] for i in range(9)]
     batches = [sweep.encode(part, tokenizer) for part in parts]
-    return batches[:12], batches[12]
+    return batches[:8], batches[8]
 
 
 def test_a_sweep_is_its_single_runs(data):
