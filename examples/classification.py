@@ -21,18 +21,7 @@ WORDS = {
     1: "wonderful moving brilliant charming superb delightful funny gripping excellent lovely",
     0: "awful boring stupid tedious dreadful painful bland confusing terrible dull",
 }
-THINGS = [
-    "film",
-    "plot",
-    "cast",
-    "music",
-    "ending",
-    "script",
-    "camera",
-    "story",
-    "pace",
-    "dialogue",
-]
+THINGS = ["film", "plot", "music", "ending", "story"]
 
 random.seed(0)
 parts = {"train": [], "test": []}
@@ -40,8 +29,10 @@ tokenizer = AutoTokenizer.from_pretrained(NAME)
 for label, words in WORDS.items():
     for i, word in enumerate(words.split()):
         for thing in THINGS:
-            row = {**tokenizer(f"The {thing} was {word}."), "labels": label}
-            parts["test" if i >= 7 else "train"].append(row)  # the test has other words
+            for negation in (0, 1):  # a head alone learns it less well
+                text = f"The {thing} was {negation * 'not '}{word}."
+                row = {**tokenizer(text), "labels": abs(label - negation)}
+                parts["test" if i >= 7 else "train"].append(row)  # the test has other words
 random.shuffle(parts["train"])
 
 torch.manual_seed(0)  # of the head
@@ -50,8 +41,8 @@ model.config.pad_token_id = tokenizer.pad_token_id
 rasa_ext.patch_model(model, rank=8, k=1, modules_to_save=["score"])
 arguments = TrainingArguments(
     "classification",
-    learning_rate=1e-3,
-    max_steps=15,
+    learning_rate=2e-3,
+    max_steps=24,
     per_device_train_batch_size=8,
     report_to="none",
 )

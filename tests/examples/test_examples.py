@@ -24,7 +24,7 @@ GAINS = {
     "grpo.py": 0.1,
     "classification.py": 30,
     "embeddings.py": 30,
-    "vision.py": 30,
+    "vision.py": 75,
     "seq2seq.py": -0.4,
     "experts.py": -0.2,
     "sweep.py": -1.0,
