@@ -21,7 +21,7 @@ WORDS = {
     1: "wonderful moving brilliant charming superb delightful funny gripping excellent lovely",
     0: "awful boring stupid tedious dreadful painful bland confusing terrible dull",
 }
-THINGS = ["film", "plot", "music", "ending", "story"]
+THINGS = ["film", "plot", "cast", "music", "ending", "script", "camera", "story", "pace", "hero"]
 
 random.seed(0)
 parts = {"train": [], "test": []}
