@@ -4,7 +4,7 @@ First run examples/orders.py, which writes the data.
 """
 
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
@@ -12,6 +12,7 @@ import rasa_ext
 NAME = "allenai/OLMoE-1B-7B-0924-Instruct"
 
 rows = load_dataset("json", data_files={"train": "train.jsonl", "test": "test.jsonl"})
+set_seed(0)  # of the adapter
 model = AutoModelForCausalLM.from_pretrained(NAME)
 rasa_ext.patch_model(model, rank=4, k=1, experts="shared")  # one pool for all experts
 trainer = SFTTrainer(

@@ -15,6 +15,7 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEXT = "The rain fell all night, and in the morning the river had risen over the lower fields. "
 OTHER = "She opened the old book, found a pressed flower between two pages, and smiled."
 
+torch.manual_seed(0)  # of the adapter
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 dense = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32).eval()
 pruned = rasa_ext.patch_model(copy.deepcopy(dense), rank=8, k=1, alpha=32.0)
