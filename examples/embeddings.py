@@ -35,7 +35,7 @@ def pairs(things, number):
 
 train = pairs(THINGS[:6], 256)  # the test has the other things
 model = SentenceTransformer(NAME)
-rasa_ext.patch_model(model[0].model, rank=8, k=1)  # not `model`, whose layers are named "0. ..."
+rasa_ext.patch_model(model[0].model, rank=8, k=1)
 
 
 def right():

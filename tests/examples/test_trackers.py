@@ -1,6 +1,9 @@
-"""Trackers of transformers' Trainer get a patched model's losses; each test needs a tracker."""
+"""Trackers of transformers' Trainer get a patched model's losses."""
 
 import pytest
+import trackio
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
@@ -21,9 +24,6 @@ def losses(tracker: str, folder) -> list[float]:
 
 
 def test_tensorboard(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     expected = losses("tensorboard", tmp_path / "out")
     (path,) = (tmp_path / "logs").rglob("events.*")
@@ -32,7 +32,6 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 
 def test_wandb(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     kept = []
@@ -44,7 +43,6 @@ def test_wandb(tmp_path, monkeypatch):
 
 
 def test_trackio(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     kept = []
     monkeypatch.setattr(trackio, "log", lambda entry, **_: kept.append(entry))
