@@ -26,7 +26,7 @@ NOT_RUN = {
     "quantized.md": 2,
     "reproduce.md": 1,
     "rl.md": 1,
-    "serving.md": 4,
+    "serving.md": 3,
     "solver.md": 1,
     "sora.md": 1,
 }
