@@ -76,7 +76,7 @@ def test_rates_are_the_method_s(common, tmp_path):
         (
             "reslora",
             {"method": "boosted-pool"},
-            "your own training loop with rasa_research.training.Boosting",
+            "your own loop with rasa_research.training.Boosting",
         ),
         ("block-lora", more("blocks: 3"), "blocks: expected a divisor of the rank, which is 4"),
         ("reslora", more("side: A"), "side: expected none with the method 'reslora', got 'A'"),
