@@ -3,6 +3,8 @@
 The engine runs in this process, so that its memory and its buffers can be measured.
 """
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -13,7 +15,9 @@ from vllm.lora.request import LoRARequest
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process holds."""
+    """Return the bytes of memory that this process holds, without what is free to be reused."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
