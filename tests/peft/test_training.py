@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
@@ -119,6 +120,16 @@ def test_lora_plus_and_the_rate_of_d(front):
     assert not rates
     assert seen == {"A", "B", "d"}
     assert {group["weight_decay"] for group in groups} == {0.1}
+
+
+def test_lora_plus_of_peft_is_refused():
+    model = get_peft_model(make_model(), RasaConfig(r=4))
+    options = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-3, "loraplus_lr_ratio": 16.0}
+    with pytest.raises(ValueError, match=r"model: .*loraplus_lr_ratio"):
+        create_loraplus_optimizer(model, **options)
+    lora = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+    rates = {group["lr"] for group in create_loraplus_optimizer(lora, **options).param_groups}
+    assert rates >= {1e-3, 16e-3}
 
 
 def test_a_rate_of_a_tensor_that_is_not_trained():
