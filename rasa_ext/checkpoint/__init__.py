@@ -1,6 +1,6 @@
 """Adapter directories: this package's, the official code's, and plain LoRAs."""
 
-from rasa_ext.checkpoint.adapter import AdapterState, own_key, pool_key, saved_tensors
+from rasa_ext.checkpoint.adapter import own_key, pool_key, saved_tensors
 from rasa_ext.checkpoint.expert_names import StackedWeight, stacked_weights
 from rasa_ext.checkpoint.files import (
     PREFIX,
@@ -9,6 +9,7 @@ from rasa_ext.checkpoint.files import (
     read_adapter,
     write_adapter,
 )
+from rasa_ext.checkpoint.loading import AdapterState
 from rasa_ext.checkpoint.lora import Lora, convert_lora, read_lora
 from rasa_ext.checkpoint.lora_export import Truncation
 from rasa_ext.checkpoint.lora_file import plain_settings

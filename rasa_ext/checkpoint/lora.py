@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.adapter import AdapterState, own_key, saved_tensors
+from rasa_ext.checkpoint.adapter import own_key, saved_tensors
 from rasa_ext.checkpoint.files import PREFIX, check_finite, check_tensors, read_adapter
+from rasa_ext.checkpoint.loading import AdapterState
 from rasa_ext.methods.base import checked_number, fresh_A, fresh_B
 from rasa_ext.methods.patterns import check_pattern, matches_end
 from rasa_ext.methods.rasa import RasaConfig

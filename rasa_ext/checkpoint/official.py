@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.expert_names import stacked_weights
 from rasa_ext.checkpoint.files import PREFIX, read_adapter
+from rasa_ext.checkpoint.loading import load_tensors_into
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.state import unwrap
 

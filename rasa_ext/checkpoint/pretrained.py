@@ -60,13 +60,13 @@ class SavePretrained:
         self._model = weakref.ref(state["model"])
 
 
-def let_it_save(model: nn.Module) -> list[Any]:
-    """Replace ``save_pretrained`` of a patched model, if it has one; return what to remove."""
-    hooks = [model.register_state_dict_pre_hook(_refuse_part)]
-    if not hasattr(model, "save_pretrained"):
-        return hooks
-    replaced = model.__dict__["save_pretrained"] = SavePretrained(model)
-    return [*hooks, replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
+def let_it_save(model: nn.Module) -> None:
+    """Replace ``save_pretrained`` of a patched model, if it has one, until it is unpatched."""
+    hooks = patch_state(model).hooks
+    hooks.append(model.register_state_dict_pre_hook(_refuse_part))
+    if hasattr(model, "save_pretrained"):
+        replaced = model.__dict__["save_pretrained"] = SavePretrained(model)
+        hooks += [replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
 
 
 def _refuse_part(model: nn.Module, prefix: str, _keep_vars: bool) -> None:

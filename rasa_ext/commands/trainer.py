@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
 from rasa_ext.base_layers.sharded import is_sharded
-from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
+from rasa_ext.checkpoint.loading import load_tensors_into
 from rasa_ext.commands.checkpoints import RUN
 from rasa_ext.commands.output import working
 from rasa_ext.methods import AdapterConfig

@@ -27,7 +27,7 @@ from trl import SFTConfig
 
 from rasa_ext import patch_model, summary, unpatch
 from rasa_ext.checkpoint import convert_lora, read_adapter, read_lora
-from rasa_ext.checkpoint.adapter import load_tensors_into
+from rasa_ext.checkpoint.loading import load_tensors_into
 from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
 from rasa_ext.commands.data import DataError, counted, read_examples, rows_for_sft, split

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,15 +13,13 @@ from torch import nn
 
 from rasa_ext.base_layers.linear import is_linear, linear_shape
 from rasa_ext.base_layers.survey import Base, LinearBase, StackedBase, base_of
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
-from rasa_ext.methods.keywords import suggests_keywords
+from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.packs import Decoding, PackSet
 from rasa_ext.nn.rasa import ContainerPool, RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
 from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.state import POOLS, STATE, PatchState, patch_state, pools, unwrap
 from rasa_ext.patching.swap import (
@@ -35,87 +33,6 @@ from rasa_ext.patching.targets import Plan, make_plan, suffixes
 from rasa_ext.patching.tokens import make_modules
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-@suggests_keywords
-def patch_model(
-    model: nn.Module,
-    rank: int = 8,
-    k: int | None = 1,
-    *,
-    alpha: float = 8.0,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
-    exclude_modules: str | Sequence[str] = (),
-    modules_to_save: Sequence[str] = (),
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = (),
-    groups: GivenGroups = (),
-    adapter_dtype: torch.dtype = torch.float32,
-    experts: str | None = None,
-    config: AdapterConfig | None = None,
-) -> nn.Module:
-    """Add RaSA adapters to a model's linear layers, in place, and freeze everything else.
-
-    A layer with weight W (out, in) then computes x (W + dW)^T, with dW = [B | B_pool] diag(d)
-    [A ; A_pool] of rank r-k+L*k. The L layers of one name and shape share the pool (arXiv
-    2503.12576, section 3). The output stays the base's until training begins, since every B starts
-    at zero. ``summary(model)`` shows which layers are adapted, how they are grouped and what was
-    left out.
-
-    Args:
-        model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
-        rank, k, alpha, dropout, adapter_dtype: fields of ``RasaConfig``; the help texts there
-            explain what each does and costs.
-        target_modules, exclude_modules, modules_to_save, groups: fields of ``RasaConfig``: which
-            layers are adapted or trained in full, and which share a pool.
-        trainable_token_indices: tokens whose embedding rows are trained, such as new tokens.
-        experts: also adapt the stacked expert weights of a mixture of experts. "slot", "layer" or
-            "shared" sets which of them share a pool. None leaves them alone, with a warning.
-        config: replaces all other arguments, which must then be left at their defaults.
-
-    Returns:
-        The same object.
-
-    Raises:
-        ValueError, TypeError: an argument is wrong; the message says what was expected and what
-            was given. The model is then unchanged.
-
-    Example:
-        >>> model = rasa_ext.patch_model(model, rank=8, k=1, alpha=32.0)
-        >>> trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        >>> all(name.rpartition(".")[2] in ("A", "B", "d") for name in trainable)
-        True
-        >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
-    """
-    given = RasaConfig(
-        rank=rank,
-        k=k,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        modules_to_save=modules_to_save,
-        trainable_token_indices=trainable_token_indices,
-        groups=groups,
-        adapter_dtype=adapter_dtype,
-        experts=experts,
-    )
-    if config is None:
-        config = given
-    elif not isinstance(config, AdapterConfig):
-        raise TypeError(f"config: expected an AdapterConfig, got {type(config).__name__}.")
-    elif given != RasaConfig():
-        raise ValueError(
-            "config: expected either config or the single arguments, got both; "
-            f"single arguments, default: {'; '.join(given.differences(RasaConfig()))}."
-        )
-    check_unpatched(model)
-    plan = make_plan(model, config)
-    apply_plan(model, config, plan)
-    messages = [*config_warnings(config, plan.groups), *unused_exclusions(config, plan)]
-    for message in (*messages, *untouched(model, config, plan)):
-        warnings.warn(message, stacklevel=3)
-    return model
 
 
 def check_unpatched(model: nn.Module) -> None:
@@ -198,9 +115,6 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan, new: bool = 
 
     A ``new`` adapter is not about to be loaded from a file.
     """
-    # The only import against the order of folders: files are written from models.
-    from rasa_ext.checkpoint.pretrained import let_it_save
-
     config = resolve_groups(config, plan.groups)
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
@@ -248,7 +162,6 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan, new: bool = 
     model.__dict__[STATE] = state
     state.hooks += [
         *decoding.watch(model),
-        *let_it_save(model),
         model.register_load_state_dict_pre_hook(_restore),
     ]
 

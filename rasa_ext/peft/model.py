@@ -22,8 +22,8 @@ from rasa_ext.base_layers.linear import (
 )
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.survey import Base, LinearBase, survey
-from rasa_ext.checkpoint.adapter import own_names
 from rasa_ext.checkpoint.files import check_finite
+from rasa_ext.checkpoint.loading import own_names
 from rasa_ext.checkpoint.official import official_name
 from rasa_ext.methods.base import ALL_LINEAR, groups_to_json
 from rasa_ext.methods.patterns import matches_whole

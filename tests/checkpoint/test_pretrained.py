@@ -5,8 +5,6 @@ import errno
 import functools
 import gc
 import os
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -194,19 +192,6 @@ def test_trainer_goes_back_to_the_best_checkpoint(by_hand, tmp_path):
 
 def test_models_without_save_pretrained_get_none():
     assert not hasattr(patched(SEQUENTIAL.build()), "save_pretrained")
-
-
-def test_a_model_patched_by_the_inner_function_writes_the_adapter(tmp_path):
-    """In a process that has not imported what writes files."""
-    LLAMA.build().save_pretrained(tmp_path / "base")
-    code = f"""
-from transformers import LlamaForCausalLM
-from rasa_ext.patching.patch import patch_model
-model = patch_model(LlamaForCausalLM.from_pretrained({str(tmp_path / "base")!r}))
-model.save_pretrained({str(tmp_path / "adapter")!r})
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert "adapter_model.safetensors" in os.listdir(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -20,8 +20,6 @@ ORDER = [
     {""},
     {"commands"},
 ]
-# What a patched model needs to save itself, which is imported when a model is patched.
-LATE = {"rasa_ext.patching.patch": {"rasa_ext.checkpoint.pretrained"}}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "rasa_ext").rglob("*.py")
@@ -50,7 +48,7 @@ def imported(module: str) -> set[str]:
     """Return the package's modules that a module imports."""
     found = names(MODULES[module])
     found = {name if name in MODULES else name.rpartition(".")[0] for name in found}
-    return found & set(MODULES) - {module} - LATE.get(module, set())
+    return found & set(MODULES) - {module}
 
 
 IMPORTS = {module: imported(module) for module in MODULES}
