@@ -41,7 +41,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _ROLES |= {name: name for name in ("system", "user", "assistant", "tool")}
 """Roles in ShareGPT's format, and what chat templates call them."""
-_MORE = re.compile(r"\s*\S")
+_MORE, _COMMA, _END = (re.compile(rf"\s*{sign}") for sign in (r"\S", ",", r"\]"))
 _KEYS = {"from": "role", "value": "content"}  # of ShareGPT
 _KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
 
@@ -143,18 +143,25 @@ def _text(path: Path) -> str:
 
 def _objects(source: str, text: str) -> Iterator[tuple[str, Any]]:
     """Yield JSON values that follow each other, and the items of arrays."""
-    decoder, line, end = json.JSONDecoder(), 1, 0
+    decoder, line, end, inside = json.JSONDecoder(), 1, 0, False
     while match := _MORE.match(text, end):
         line, start = line + text.count("\n", end, match.end() - 1), match.end() - 1
+        if text[start] == ("]" if inside else "["):
+            inside, end = not inside, start + 1
+            continue
         try:
             value, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise DataError(f"{source}, line {line}: expected JSON, but got {error}.") from None
+        yield f"{source}, line {line}", value
         line += text.count("\n", start, end)
-        if isinstance(value, list):
-            yield from ((f"{source}, row {i}", item) for i, item in enumerate(value))
-        else:
-            yield f"{source}, line {line}", value
+        if inside and (match := _COMMA.match(text, end)):
+            line, end = line + text.count("\n", end, match.end()), match.end()
+        elif inside and not _END.match(text, end):
+            raise DataError(f"{source}, line {line}: expected ',' or ']' after an item.")
+    if inside:
+        line += text.count("\n", end)
+        raise DataError(f"{source}, line {line}: expected ']', got the end of the file.")
 
 
 def _table(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
