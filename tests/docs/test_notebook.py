@@ -61,6 +61,15 @@ def test_the_notebook_runs_and_learns(book, tmp_path):
     assert f"the LoRA of rank {rank} is not what was trained" in error
 
 
+def test_its_outputs_are_committed():
+    """The page shows them; a cell without a call of print has none."""
+    cells = [each for each in nbformat.read(NOTEBOOK, as_version=4).cells if "outputs" in each]
+    assert [bool(each.outputs) for each in cells] == ["print(" in each.source for each in cells]
+    printed = "".join(output.text for each in cells for output in each.outputs)
+    before, after = map(int, re.findall(r"^exact match (\d+)% -> (\d+)%", printed, re.M)[0])
+    assert after > before
+
+
 def test_its_parameters_are_the_demo_s():
     cell = parameters(nbformat.read(NOTEBOOK, as_version=4))
     names: dict[str, object] = {}
