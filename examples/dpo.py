@@ -32,7 +32,7 @@ trainer = DPOTrainer(
     args=DPOConfig(
         "dpo",
         learning_rate=1e-3,
-        max_steps=5,
+        max_steps=3,
         per_device_train_batch_size=4,
         gradient_checkpointing=False,  # True saves memory
         bf16=False,  # True on a GPU

@@ -31,7 +31,7 @@ trainer = GRPOTrainer(
     args=GRPOConfig(
         "grpo",
         learning_rate=3e-3,
-        max_steps=7,
+        max_steps=4,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=16,
         num_generations=8,

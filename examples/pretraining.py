@@ -19,9 +19,9 @@ trainer = SFTTrainer(
     args=SFTConfig(
         "pretraining",
         learning_rate=3e-3,
-        max_steps=8,
+        max_steps=6,
         per_device_train_batch_size=2,
-        max_length=256,
+        max_length=128,
         packing=True,  # joins texts, and splits long ones
         packing_strategy="wrapped",
         eval_packing=True,

@@ -20,7 +20,7 @@ from rasa_ext.methods import LoraConfig, RasaConfig
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 METHODS = {"rasa": RasaConfig, "lora": LoraConfig}
 RUNGS = (2, 4, 8)  # steps after which the held-out loss is measured
-ROWS, HELD_OUT, TRIALS = 2, 4, 8
+ROWS, HELD_OUT, TRIALS = 2, 4, 6
 
 
 def encode(rows, tokenizer):

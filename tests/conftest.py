@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for marker in ("readers", "engines"):
         if marker not in config.getoption("markexpr"):
             _deselect(config, items, marker)
-    # The longest single test would otherwise run last, beside an idle worker.
-    items.sort(key=lambda item: "/walks/" not in item.nodeid)
+    # The longest files would otherwise run last, beside an idle worker.
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/examples/", "tests/walks/")))
     import torch  # here, because the process that only distributes tests needs no torch
 
     torch.set_num_threads(1)  # more threads make small models slower
@@ -60,6 +60,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # files with many tests first, which are not the longest
     return LoadFileScheduling(config, log)
 
 
