@@ -38,8 +38,8 @@ trainer = DPOTrainer(
         bf16=False,  # True on a GPU
         report_to="none",
     ),
-    train_dataset=Dataset.from_list(pairs[:-8]),
-    eval_dataset=Dataset.from_list(pairs[-8:]),
+    train_dataset=Dataset.from_list(pairs[:-4]),
+    eval_dataset=Dataset.from_list(pairs[-4:]),
     processing_class=AutoTokenizer.from_pretrained(NAME),
     peft_config=rasa_ext.peft.RasaConfig(r=8, task_type="CAUSAL_LM"),
 )

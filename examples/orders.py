@@ -17,6 +17,6 @@ rows = [
 ]
 random.seed(0)
 random.shuffle(rows)  # else the file's end, which is held out, would be unlike its beginning
-for path, part in ("train.jsonl", rows[:-16]), ("test.jsonl", rows[-16:]):
+for path, part in ("train.jsonl", rows[:-8]), ("test.jsonl", rows[-8:]):
     with open(path, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in part)

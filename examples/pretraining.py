@@ -29,8 +29,8 @@ trainer = SFTTrainer(
         bf16=False,  # True on a GPU
         report_to="none",
     ),
-    train_dataset=Dataset.from_list(rows[:-2]),
-    eval_dataset=Dataset.from_list(rows[-2:]),
+    train_dataset=Dataset.from_list(rows[:-1]),
+    eval_dataset=Dataset.from_list(rows[-1:]),
     processing_class=AutoTokenizer.from_pretrained(NAME),
 )
 before = trainer.evaluate()["eval_loss"]
