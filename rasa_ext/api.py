@@ -73,7 +73,8 @@ def patch_model(
     rank: int = 8,
     k: int | None = 1,
     *,
-    alpha: float = 8.0,
+    alpha: float | None = None,
+    start: str = "paper",
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),
@@ -94,8 +95,8 @@ def patch_model(
 
     Args:
         model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
-        rank, k, alpha, dropout, adapter_dtype: fields of ``RasaConfig``; the help texts there
-            explain what each does and costs.
+        rank, k, alpha, start, dropout, adapter_dtype: fields of ``RasaConfig``; the help texts
+            there explain what each does and costs.
         target_modules, exclude_modules, modules_to_save, groups: fields of ``RasaConfig``: which
             layers are adapted or trained in full, and which share a pool.
         trainable_token_indices: tokens whose embedding rows are trained, such as new tokens.
@@ -121,6 +122,7 @@ def patch_model(
         rank=rank,
         k=k,
         alpha=alpha,
+        start=start,
         dropout=dropout,
         target_modules=target_modules,
         exclude_modules=exclude_modules,

@@ -100,7 +100,7 @@ class FinetuneOptions:
         experts: Also adapt the stacked experts of a mixture of experts. Under rasa: slot, layer
             or shared, which sets the experts that share a pool. Under lora: own.
         alpha: Under rasa, the size of the initial diagonal (8 and 32 in the paper). Under other
-            methods, the scale times the rank.
+            methods, the scale times the rank. [default: 8, or rank with rasa's start: lora]
         method_options: Other fields of the method's config, as YAML:
             'trainable_token_indices: [5, 9]', or 'rslora: true, train_A: false' under lora.
         dropout: Dropout on the adapter's input, in [0, 1).
@@ -161,7 +161,7 @@ class FinetuneOptions:
     k: int | None = None
     rank_pattern: str | None = None
     experts: str | None = None
-    alpha: float = 8.0
+    alpha: float | None = None
     method_options: str = ""
     dropout: float = 0.0
     target_modules: str = "all-linear"
@@ -265,6 +265,8 @@ class FinetuneOptions:
         usual["target_modules"] = parse_targets(self.target_modules)
         if config is methods.RasaConfig:
             usual["k"] = None  # the config then applies the paper's rule
+        if self.alpha is None and not issubclass(config, methods.RasaConfig):
+            usual["alpha"] = 8.0
         return config(**{name: usual[name] for name in usual.keys() & known} | given)
 
     def _check_output(self) -> None:

@@ -36,7 +36,9 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("rasa_alpha", "rasa_dropout"), float | None),
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), list[str] | None),
     **dict.fromkeys(("trainable_token_indices", "layers_to_transform"), list[int] | None),
-    **dict.fromkeys(("rasa_experts", "bias", "adapter_dtype", "rasa_options"), str | None),
+    **dict.fromkeys(
+        ("rasa_start", "rasa_experts", "bias", "adapter_dtype", "rasa_options"), str | None
+    ),
 }
 """The fields of ``RasaConfig`` that are options; ``rasa_options`` is JSON."""
 

@@ -25,6 +25,7 @@ from rasa_ext.nn.adapter import LayerSpec
 
 GROUPINGS = ("slot", "layer", "shared")
 """Which experts share a pool."""
+STARTS = ("lora", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,15 @@ class RasaConfig(AdapterConfig):
         "0 means plain LoRA, None means max(rank // 8, 1). The effective rank is r - k + L*k for L "
         "layers.",
     )
-    alpha: float = option(
-        8.0,
-        "Sets the initial diagonal: alpha/2/(r-k) for private ranks and alpha/2/(L*k) for pooled "
-        "ranks. The diagonal is trained, so alpha matters only at the start.",
+    alpha: float | None = option(
+        None,
+        "The size of the initial diagonal, which is trained, so alpha matters only at the start. "
+        "None is 8, the official code's default, or the rank with start='lora': a scale of 1.",
+    )
+    start: str = option(
+        "paper",
+        "Where the diagonal starts. 'paper': at alpha/2/(r-k) for private ranks and alpha/2/(L*k) "
+        "for pooled ranks. 'lora': at LoRA's scale, alpha/r.",
     )
     rank_pattern: Counts = option(
         (),
@@ -79,6 +85,9 @@ class RasaConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Check every field and convert it to the canonical form."""
+        checked_choice("start", self.start, STARTS)
+        if self.alpha is None:
+            self._set(alpha=8 if self.start == "paper" else self.rank)
         super().__post_init__()
         k = max(self.rank // 8, 1) if self.k is None else checked_integer("k", self.k)
         if not 0 <= k <= self.rank:
@@ -143,13 +152,17 @@ class RasaConfig(AdapterConfig):
                 )
 
     def diagonal(self, own: int, pooled: int) -> Tensor:
-        """Return a layer's initial d: (own + pooled,) float32, private entries first.
+        """Return a layer's initial d: (own + pooled,) float32, private entries first."""
+        entries = zip((own, pooled), self.entries(own, pooled), strict=True)
+        return torch.cat([torch.full((count,), value) for count, value in entries])
 
-        Private entries are alpha/2/own and pooled entries alpha/2/pooled; without a pool, entries
-        are alpha/own, as in LoRA.
-        """
-        share = self.alpha / 2 if pooled else self.alpha
-        return torch.cat([torch.full((n,), share / max(n, 1)) for n in (own, pooled)])
+    def entries(self, own: int, pooled: int) -> tuple[float, float]:
+        """Return the initial entry of d for a private and for a pooled rank; see ``start``."""
+        alpha, k = cast(float, self.alpha), cast(int, self.k)
+        if self.start == "paper":
+            share = alpha / 2 if pooled else alpha
+            return share / max(own, 1), share / max(pooled, 1)
+        return (alpha / max(own + k, 1),) * 2
 
 
 document_fields(RasaConfig)

@@ -69,7 +69,8 @@ class RasaConfig(PeftConfig):
 
     r: int | None = _shared("rank", "None is the method's default, 8 under rasa.")
     rasa_k: int | None = _shared("k")
-    rasa_alpha: float | None = _shared("alpha", "None is the method's default, 8 under rasa.")
+    rasa_alpha: float | None = _shared("alpha")
+    rasa_start: str | None = _shared("start", "None is 'paper'.")
     rasa_dropout: float = _shared("dropout", default=0.0)
     target_modules: list[str] | set[str] | str | None = _shared(
         "target_modules", "None means 'all-linear'.", ALL_LINEAR
@@ -148,7 +149,7 @@ class RasaConfig(PeftConfig):
                     f"modules_to_save, layers_pattern: expected names of modules, got {name!r}, "
                     "which PEFT would treat as a regular expression."
                 )
-        for name in ("r", "rasa_k", "rasa_alpha"):
+        for name in ("r", "rasa_k", "rasa_alpha", "rasa_start"):
             setattr(self, name, getattr(core, _CORE_NAMES[name], None))
         self.rank_pattern = self.rank_pattern and _Patterns(self.rank_pattern)
         self.trainable_token_indices = tokens_to_json(core.tokens)

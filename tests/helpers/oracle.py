@@ -141,16 +141,16 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
     return list(found.values())
 
 
-def initial_d(rank: int, k: int, layers: int, alpha: float) -> Tensor:
-    """Return d (R,) at the start, as in the official code.
+def initial_d(rank: int, k: int, layers: int, alpha: float, start: str = "paper") -> Tensor:
+    """Return d (R,) at the start: private ranks, then pool ranks.
 
-    Private ranks have alpha / 2 / (r - k), and pool ranks alpha / 2 / (L k), even if k = r. Without
-    a pool, all have alpha / r.
+    LoRA's scale is alpha / r. The official code has alpha / 2 / (r - k), and alpha / 2 / (L k),
+    even if k = r, but alpha / r without a pool.
     """
-    if k == 0:
-        return torch.full((rank,), alpha / rank, dtype=torch.float64)
-    values = [alpha / 2 / (rank - k) for _ in range(rank - k)]
-    return torch.tensor(values + [alpha / 2 / (layers * k)] * (layers * k), dtype=torch.float64)
+    own = pooled = alpha / rank
+    if start == "paper" and k:
+        own, pooled = alpha / 2 / max(rank - k, 1), alpha / 2 / (layers * k)
+    return torch.tensor([own] * (rank - k) + [pooled] * (layers * k), dtype=torch.float64)
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) -> int:

@@ -26,6 +26,7 @@ ARGUMENTS = [
     ({"dropout": 1.0}, "dropout", "1"),
     ({"dropout": "0.1"}, "dropout", "'0.1'"),
     ({"alpha": 0}, "alpha", "0"),
+    ({"start": "zero"}, "start", "'zero'"),
     ({"alpha": NAN}, "alpha", "nan"),
     ({"alpha": "8"}, "alpha", "'8'"),
     ({"target_modules": 5}, "target_modules", "5"),

@@ -72,6 +72,14 @@ def test_config_equals_arguments():
     assert flags[0] == flags[1]
 
 
+@pytest.mark.parametrize("start", ["lora", "paper"])
+def test_a_file_tells_its_start_and_has_the_papers_if_it_does_not(start):
+    written = RasaConfig(start=start).to_dict()
+    assert RasaConfig.from_dict(written) == RasaConfig(start=start)
+    written.pop("rasa_start", None)
+    assert RasaConfig.from_dict(written) == RasaConfig(start="paper")
+
+
 CHOICES = [
     (LLAMA, {"target_modules": ["q_proj"]}, llama("self_attn.q_proj")),
     (LLAMA, {"target_modules": ["lm_head"]}, ["lm_head"]),

@@ -123,12 +123,14 @@ def test_published_counts_of_an_8b_model(rank, k, published):
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("alpha", [8.0, 32.0, 0.5])
+@pytest.mark.parametrize("start", ["lora", "paper"])
+@pytest.mark.parametrize("alpha", [None, 32.0, 0.5])
 @pytest.mark.parametrize("k", SPLITS)
-def test_initial_values(k, alpha):
+def test_initial_values(k, alpha, start):
     base = nested({f"l.{i}.fc": (50, 400) for i in range(3)})
-    model = rasa_ext.patch_model(base, RANK, k, alpha=alpha)
-    expected = oracle.initial_d(RANK, k, 3, alpha)
+    model = rasa_ext.patch_model(base, RANK, k, alpha=alpha, start=start)
+    alpha = alpha or {"lora": RANK, "paper": 8}[start]
+    expected = oracle.initial_d(RANK, k, 3, alpha, start)
     bound = 400**-0.5
     for layer in adapted_layers(model).values():
         torch.testing.assert_close(layer.d.double(), expected, rtol=1e-6, atol=0)

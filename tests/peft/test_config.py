@@ -24,6 +24,16 @@ def test_defaults():
     assert config.core() == rasa_ext.RasaConfig()
 
 
+@pytest.mark.parametrize(("written", "start"), [({"rasa_start": "lora"}, "lora"), ({}, "paper")])
+def test_a_file_without_a_start_has_the_papers(written, start, tmp_path):
+    RasaConfig(rasa_start="lora", rasa_alpha=8).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    settings = {k: v for k, v in json.loads(path.read_text()).items() if k != "rasa_start"}
+    path.write_text(json.dumps(settings | written))
+    assert RasaConfig.from_pretrained(tmp_path).core().start == start
+    assert peft.PeftConfig.from_pretrained(tmp_path).rasa_start == start
+
+
 SLOW = "(.*)*x$"
 """What PEFT would match by ``re``, for ever, if it took a name for a pattern."""
 LAYERS = {"layers_to_transform": [0], "target_modules": ["q_proj"]}

@@ -152,7 +152,7 @@ class GatedRasaConfig(RasaConfig):
 
     def gate_scale(self, num_layers: int) -> float:
         """Return the initial entry of d for a pooled rank; a gate is an entry divided by it."""
-        return self.alpha / 2 / max(self.ranks(num_layers)[1], 1)
+        return self.entries(*self.ranks(num_layers))[1]
 
 
 @functools.lru_cache(maxsize=8)
