@@ -477,6 +477,19 @@ def test_methods_begin_where_the_base_is_and_leave_it_alone(small, rows):
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
+def test_the_diagonal_starts_where_the_config_says_in_the_blocks_it_names():
+    spec = {"kind": "started", "rank": 4, "k": 1, "start": [1.0, 0.25], "blocks": [1]}
+    model = prepared(make_model(), spec, 0, bfloat16=False)
+    started = {name: p for name, p in model.named_parameters() if name.endswith(".d")}
+    assert len(started) == 7
+    assert all(".layers.1." in name for name in started)
+    assert all(d.tolist() == [1.0, 1.0, 1.0, 0.25] for d in started.values())
+    lora = prepared(make_model(), {**spec, "kind": "lora", "alpha": 4}, 0, bfloat16=False)
+    adapted = [name for name, p in lora.named_parameters() if p.requires_grad and "lora_A" in name]
+    assert len(adapted) == 7
+    assert all(".layers.1." in name for name in adapted)
+
+
 def test_steps_of_all_methods_are_timed_together(small, rows, tmp_path):
     runs = step_time.make_runs(
         make_model(), rows, PAD, read_config(small).methods, Recipe(5, 2, 1e-4, bfloat16=False)

@@ -19,6 +19,7 @@ CONFIG, RESULTS = HERE / "config.yaml", HERE / "results"
 KINDS = {
     "lora": ("rank", "alpha"),
     "rasa": ("rank", "k", "alpha"),
+    "started": ("rank", "k", "start"),
     "vera": ("rank",),
     "peft": ("method", "options"),
     "full": (),
@@ -26,16 +27,18 @@ KINDS = {
 }
 """Kinds of methods and the keys that each needs besides "rates".
 
+"started" is RaSA with "start": the initial entries of d, for private ranks and for pooled ranks.
 "peft" is a method of PEFT by name, with the options of its config, over all linear layers.
 "ours" is a method of ``rasa_ext.methods`` by name. Its "options" are those of its config, and its
 "steps" configure the work between optimizer steps: see ``methods.between``.
 """
-OPTIONS = {"lora": ("ranks",), "ours": ("optimizer",)}
+OPTIONS = {"lora": ("ranks", "blocks"), "started": ("blocks",), "ours": ("optimizer",)}
 """Optional keys of some kinds; every kind may also have "share" and "against".
 
-"ranks": plan the ranks by ``methods.planned``. "optimizer": options for ``methods.optimizer``.
-"share": the share of the task's steps that the method trains for, by default 1. "against": the
-methods that the report subtracts from this one, by default ``REFERENCE``.
+"ranks": plan the ranks by ``methods.planned``. "blocks": adapt these blocks only. "optimizer":
+options for ``methods.optimizer``. "share": the share of the task's steps that the method trains
+for, by default 1. "against": the methods that the report subtracts from this one, by default
+``REFERENCE``.
 """
 REFERENCE = "lora-r8"
 

@@ -43,6 +43,11 @@ def prepared(
         return rasa_ext.patch_model(
             model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"])
         )
+    if spec["kind"] == "started":
+        model = rasa_ext.patch_model(
+            model, rank=spec["rank"], k=spec["k"], target_modules=targets(spec)
+        )
+        return _started(model, spec["rank"] - spec["k"], *spec["start"])
     if spec["kind"] == "ours":
         config = method_named(spec["method"])(**spec["options"])
         return rasa_ext.patch_model(model, config=config)
@@ -55,12 +60,28 @@ def prepared(
         config = LoraConfig(
             r=spec["rank"],
             lora_alpha=spec["alpha"],
-            target_modules="all-linear",
+            target_modules=targets(spec),
             rank_pattern=dict(ranks or {}),
         )
     else:
         config = VeraConfig(r=spec["rank"], projection_prng_key=seed, target_modules="all-linear")
     return get_peft_model(model, config)
+
+
+def targets(spec: Mapping[str, Any]) -> str:
+    """Return the layers to adapt: all linear ones, or those of the blocks that ``blocks`` lists."""
+    if "blocks" not in spec:
+        return "all-linear"
+    return rf".*\.layers\.({'|'.join(map(str, spec['blocks']))})\..*_proj"
+
+
+@torch.no_grad()
+def _started(model: Any, own: int, private: float, pooled: float) -> Any:
+    """Set the diagonals of a patched model whose layers have ``own`` private ranks."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".d"):
+            parameter[:own], parameter[own:] = private, pooled
+    return model
 
 
 def planned(base: Any, batches: Iterable[Mapping[str, Any]], rank: int) -> dict[str, int]:
