@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import ClassVar, cast
 
@@ -66,7 +67,7 @@ class RasaConfig(AdapterConfig):
     start: str = option(
         "paper",
         "Where the diagonal starts. 'paper': at alpha/2/(r-k) for private ranks and alpha/2/(L*k) "
-        "for pooled ranks. 'lora': at LoRA's scale, alpha/r.",
+        "for pooled ranks. 'lora': at LoRA's scale alpha/r, and alpha/r/sqrt(k) for pooled ranks.",
     )
     rank_pattern: Counts = option(
         (),
@@ -162,7 +163,8 @@ class RasaConfig(AdapterConfig):
         if self.start == "paper":
             share = alpha / 2 if pooled else alpha
             return share / max(own, 1), share / max(pooled, 1)
-        return (alpha / max(own + k, 1),) * 2
+        scale = alpha / max(own + k, 1)
+        return scale, scale / math.sqrt(max(k, 1))
 
 
 document_fields(RasaConfig)
