@@ -14,6 +14,10 @@ os.environ["COLUMNS"] = "200"  # rich reads it on import; a worker of -n would h
 pytest.register_assert_rewrite("tests.helpers")
 
 _FIGURE = "figure"
+# These run first: a fork is safe only before other tests have started threads.
+_FORKING = ("tests/checkpoint/test_atomic.py", "tests/checkpoint/test_fuzz.py")
+# These would otherwise run last, beside an idle worker.
+_LONGEST = ("tests/examples/", "tests/walks/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,8 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for marker in ("readers", "engines"):
         if marker not in config.getoption("markexpr"):
             _deselect(config, items, marker)
-    # The longest files would otherwise run last, beside an idle worker.
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/examples/", "tests/walks/")))
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+    items.sort(key=lambda item: not item.nodeid.startswith(_FORKING))
     import torch  # here, because the process that only distributes tests needs no torch
 
     torch.set_num_threads(1)  # more threads make small models slower

@@ -31,7 +31,8 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert [event.value for event in written] == pytest.approx(expected)
 
 
-def test_wandb(tmp_path, monkeypatch):
+def test_wandb(tmp_path, monkeypatch, request):
+    request.addfinalizer(wandb.teardown)  # or else two threads would stay
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     kept = []
