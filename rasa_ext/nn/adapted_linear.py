@@ -121,9 +121,8 @@ class AdaptedLinear(AdaptedModule):
     def _added(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
         """Compute ``y + x dW^T``."""
         x = x.to(y.dtype)
-        dropped = dropout(x, self._dropout_of(adapter))
         pack = adapter.pack(x.dtype)
-        return low_rank_linear(x, None, None, pack, dropped, y)
+        return low_rank_linear(x, None, None, pack, dropout(x, self._dropout_of(adapter)), y)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the base on x, in the dtype of the base before it was dequantized."""

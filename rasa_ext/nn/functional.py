@@ -23,8 +23,9 @@ from rasa_ext import ops
 from rasa_ext.nn.adapter import Packed
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.packs import pack_alone, pack_layers, ports
-from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors
+
+_unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
 
 _Grads: TypeAlias = "tuple[Tensor | None, ...]"
 
@@ -69,8 +70,8 @@ class _LowRankLinear(Function):
         x, weight, U, mask, Ap, Bp = ctx.saved_tensors
         need_y, need_x, *_, need_A, need_B = ctx.needs_input_grad
         dx, dAp, dBp = ops.low_rank_linear_backward(
-            flatten_tokens(grad),
-            None if x is None else flatten_tokens(x),
+            _flatten(grad),
+            None if x is None else _flatten(x),
             weight,
             U,
             Ap,
@@ -102,12 +103,12 @@ def _forward(
     linear: Callable[..., tuple[Tensor, Tensor]] = ops.low_rank_linear,
     add: Callable[..., tuple[Tensor, Tensor]] = ops.low_rank_add,
 ) -> tuple[Tensor, Tensor]:
-    rows = flatten_tokens(x)
+    rows = _flatten(x)
     if y is not None:
-        out, U = add(flatten_tokens(y), rows, Ap, Bp, mask, scale)
+        out, U = add(_flatten(y), rows, Ap, Bp, mask, scale)
     else:
         out, U = linear(rows, weight, bias, Ap, Bp, mask, scale)
-    return unflatten_like(out, x), U
+    return _unflatten(out, x), U
 
 
 class _AdaptedProjections(Function):
@@ -119,7 +120,7 @@ class _AdaptedProjections(Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, downs, Bp, *_ = _lists(tensors, n)
         Ap = torch.cat(downs)
-        rows = flatten_tokens(x)
+        rows = _flatten(x)
         y, U = ops.linear_projections(rows, weights, _as_op_list(biases), Ap, Bp, mask, scale)
         needs = ctx.needs_input_grad[4 + 4 * n :]
         ctx.needs = any(needs[:n]), any(needs[n:])
@@ -127,7 +128,7 @@ class _AdaptedProjections(Function):
             x if ctx.needs[0] else None, U if ctx.needs[1] else None, mask, Ap, *weights, *Bp
         )
         ctx.scale, ctx.width = scale, x.shape[-1]
-        return tuple(unflatten_like(output, x) for output in y)
+        return tuple(_unflatten(output, x) for output in y)
 
     @staticmethod
     @once_differentiable
@@ -137,8 +138,8 @@ class _AdaptedProjections(Function):
         weights, Bp = _lists(tensors, n)
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
         dx, dAp, dBp = ops.linear_projections_backward(
-            [flatten_tokens(grad) for grad in grads],
-            None if x is None else flatten_tokens(x),
+            [_flatten(grad) for grad in grads],
+            None if x is None else _flatten(x),
             weights,
             U,
             Ap,
@@ -304,7 +305,7 @@ def dropout(x: Tensor, p: float) -> Dropped:
         return NO_DROPOUT
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
-    return Dropped(ops.dropout(noise, flatten_tokens(x.detach()), p), 1 / (1 - p))
+    return Dropped(ops.dropout(noise, _flatten(x.detach()), p), 1 / (1 - p))
 
 
 def _as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -316,3 +317,16 @@ def _as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _lists(tensors: Sequence[Any], layers: int) -> list[list[Any]]:
     """Split tensors that are ordered by kind into one list for each kind."""
     return [list(tensors[at : at + layers]) for at in range(0, len(tensors), layers)]
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """Reshape x (..., n) to (M, n)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unflatten(y: Tensor, x: Tensor) -> Tensor:
+    """Reshape y (M, n) to (..., n) with x's leading dimensions; do not use y afterwards.
+
+    To autograd the result is not a view: a view returned by a Function cannot be modified in place.
+    """
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
