@@ -352,6 +352,19 @@ def test_differences_are_taken_seed_by_seed(small, monkeypatch):
     assert "exact match, %" not in found["vera"]
 
 
+def test_lion_moves_every_parameter_by_its_rate():
+    spec = {"kind": "ours", "method": "rasa", "options": {"rank": 4}, "optimizer": {"lion": {}}}
+    model = prepared(make_model(), spec, 0, bfloat16=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    lion = optimizer(model, spec)(trained, lr=1e-2, weight_decay=0.0, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    lion.step()
+    for was, parameter in zip(before, trained, strict=True):
+        torch.testing.assert_close(parameter, was - 1e-2)
+
+
 def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatch, capsys):
     base = str(save_base(tmp_path / "base"))
     monkeypatch.setattr(run, "find_smollm2", lambda: base)

@@ -110,14 +110,19 @@ def planned(base: Any, batches: Iterable[Mapping[str, Any]], rank: int) -> dict[
 def optimizer(model: Any, spec: Mapping[str, Any]) -> Callable[..., torch.optim.Optimizer] | None:
     """Return a factory for the method's optimizer, or None for AdamW.
 
-    ``optimizer: {lora_pro: {...}}`` has the options of ``LoraPro``, which wraps AdamW.
+    ``optimizer: {lora_pro: {...}}`` has the options of ``LoraPro``, which wraps AdamW, and
+    ``optimizer: {lion: {...}}`` those of bitsandbytes' Lion.
     """
-    options = (spec.get("optimizer") or {}).get("lora_pro")
-    if options is None:
+    given = spec.get("optimizer") or {}
+    if "lion" in given:
+        from bitsandbytes.optim import Lion32bit  # here, since it takes seconds
+
+        return lambda parameters, fused, **inner: Lion32bit(parameters, **given["lion"], **inner)
+    if "lora_pro" not in given:
         return None
 
     def make(parameters: Any, **inner: Any) -> torch.optim.Optimizer:
-        return LoraPro(model, torch.optim.AdamW, params=parameters, **options, **inner)
+        return LoraPro(model, torch.optim.AdamW, params=parameters, **given["lora_pro"], **inner)
 
     return make
 
