@@ -42,7 +42,7 @@ rasa_ext.patch_model(model, rank=8, k=1, modules_to_save=["score"])
 arguments = TrainingArguments(
     "classification",
     learning_rate=2e-3,
-    max_steps=24,
+    max_steps=16,
     per_device_train_batch_size=8,
     report_to="none",
 )

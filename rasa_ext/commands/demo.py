@@ -34,7 +34,7 @@ class DemoSize:
     max_new_tokens: int
 
 
-FULL = DemoSize(steps=112, batch_size=2, held_out=60, lr=2e-3, max_new_tokens=48)
+FULL = DemoSize(steps=112, batch_size=2, held_out=40, lr=2e-3, max_new_tokens=48)
 SHORT = DemoSize(steps=5, batch_size=4, held_out=8, lr=3e-3, max_new_tokens=24)
 
 
