@@ -67,7 +67,8 @@ class RasaConfig(AdapterConfig):
     start: str = option(
         "paper",
         "Where the diagonal starts. 'paper': at alpha/2/(r-k) for private ranks and alpha/2/(L*k) "
-        "for pooled ranks. 'lora': at LoRA's scale alpha/r, and alpha/r/sqrt(k) for pooled ranks.",
+        "for pooled ranks. 'lora': at LoRA's scale alpha/r, and at alpha/max(r, k*cbrt(L)) for "
+        "pooled ranks, so that LoRA's learning rates fit.",
     )
     rank_pattern: Counts = option(
         (),
@@ -163,8 +164,8 @@ class RasaConfig(AdapterConfig):
         if self.start == "paper":
             share = alpha / 2 if pooled else alpha
             return share / max(own, 1), share / max(pooled, 1)
-        scale = alpha / max(own + k, 1)
-        return scale, scale / math.sqrt(max(k, 1))
+        rank, layers = max(own + k, 1), pooled / max(k, 1)
+        return alpha / rank, alpha / max(rank, k * math.cbrt(layers))
 
 
 document_fields(RasaConfig)

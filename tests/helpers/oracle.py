@@ -144,10 +144,10 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
 def initial_d(rank: int, k: int, layers: int, alpha: float, start: str = "paper") -> Tensor:
     """Return d (R,) at the start: private ranks, then pool ranks.
 
-    Like LoRA's scale: alpha / r, and alpha / r / sqrt(k). As in the official code: alpha / 2 /
-    (r - k), and alpha / 2 / (L k), even if k = r, but alpha / r without a pool.
+    Like LoRA's scale: alpha / r, and alpha / max(r, k cbrt(L)). As in the official code:
+    alpha / 2 / (r - k), and alpha / 2 / (L k), even if k = r, but alpha / r without a pool.
     """
-    own, pooled = alpha / rank, alpha / rank * max(k, 1) ** -0.5
+    own, pooled = alpha / rank, min(alpha / rank, alpha / max(k, 1) * layers ** (-1 / 3))
     if start == "paper" and k:
         own, pooled = alpha / 2 / max(rank - k, 1), alpha / 2 / (layers * k)
     return torch.tensor([own] * (rank - k) + [pooled] * (layers * k), dtype=torch.float64)
