@@ -1,26 +1,20 @@
 """The report for a CPU, run with tiny shapes. No test checks times."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import cpu_report, harness
+from tests.helpers.processes import run_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_leaves_json_text_and_a_picture(tmp_path, forked_python):
     command = (forked_python, "-m", "benchmarks.cpu_report", "--quick", "--out", tmp_path)
-    done = subprocess.run(
-        [*command, "--name", "here", "--only", "layer", "profile"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_whole([*command, "--name", "here", "--only", "layer", "profile"], cwd=ROOT)
     report = json.loads((tmp_path / "cpu-here.json").read_text())
     assert report["complete"]
     layer, profile = report["stages"]

@@ -34,22 +34,6 @@ def test_it_leaves_a_row_for_each_variant(tmp_path, monkeypatch, capsys):
     assert "load before the run" in capsys.readouterr().out
 
 
-def test_every_variant_has_the_rank_that_is_printed():
-    case = experts.Case(SHAPE, torch.float32)
-    for name, module in case.variants().items():
-        ranks = {stack.effective_rank for stack in experts._stacks(module)}
-        assert ranks == ({case.R} if experts._stacks(module) else set()), name
-
-
-def test_peft_keeps_a_changed_weight_and_ours_does_not():
-    shape = experts.Shape(experts=8, hidden=64, intermediate=96, tokens=8, choices=2)
-    case = experts.Case(shape, torch.float32)
-    weights = sum(p.numel() * p.element_size() for p in case.base.parameters())
-    for name, module in case.variants().items():
-        saved = case.saved_bytes(module)
-        assert (saved > weights) == name.startswith("PEFT"), name
-
-
 @pytest.mark.parametrize("tensor", ["A", "B", "d"])
 def test_experts_that_compute_something_else_are_not_timed(tensor, monkeypatch):
     case = experts.Case(SHAPE, torch.float32)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import time
@@ -10,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from benchmarks import block, gpu_report, linears, once, records, shapes, staged
-from rasa_ext import RasaLinear, ops
+from benchmarks import block, gpu_report, records, shapes, staged
+from rasa_ext import RasaLinear
+from tests.helpers.processes import run_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ("step", "one linear", "all layers", "decode", "growth", "profile")
@@ -25,8 +24,7 @@ def test_every_stage_runs_and_leaves_its_rows(tmp_path, forked_python):
     command = (forked_python, "-m", "benchmarks.gpu_report", *given)
     # Skip compilation: torch.compile on a CPU is not tested here.
     variables = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_whole(command, cwd=ROOT, env=variables)
     found = json.loads((tmp_path / "report.json").read_text())
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert list(stages) == ["operators once", "step", "tests", *BENCHMARKS[1:]]
@@ -36,8 +34,6 @@ def test_every_stage_runs_and_leaves_its_rows(tmp_path, forked_python):
     assert all(stages[name]["rows"] for name in BENCHMARKS)
     assert found["machine"]["commit"] == "abc1234"
     assert "the times mean nothing" in (tmp_path / "report.md").read_text()
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"report.md", "report.json", "step.json", "tests.xml", "rest.tar.gz"}
     with tarfile.open(tmp_path / "rest.tar.gz") as archive:
         assert {"decode.json", "ours.trace.json"} < set(archive.getnames())
     rows = {row["variant"]: row for row in stages["step"]["rows"] if row.get("dropout")}
@@ -108,34 +104,6 @@ def test_ours_that_is_wrong_is_not_timed_and_the_others_are(monkeypatch, tmp_pat
     assert all(row["us"] > 0 for row in rows.values())
 
 
-def test_every_operator_is_called_once(monkeypatch):
-    """The program that runs under compute-sanitizer calls every operator."""
-    called = set()
-
-    class Recorder:
-        def __getattr__(self, name):
-            called.add(name)
-            return getattr(ops, name)
-
-    monkeypatch.setattr(once, "ops", Recorder())
-    assert once.check(once.SHAPES[0], torch.float32, "cpu") > 0
-    assert called >= set(ops.OPERATORS)
-
-
-def test_projections_are_fused_in_ours_alone(monkeypatch):
-    """Only the variant "ours, fused" fuses q, k, v and gate, up."""
-    together = []
-    plain = ops.linear_projections
-    monkeypatch.setattr(
-        ops, "linear_projections", lambda x, *a: together.append(len(a[0])) or plain(x, *a)
-    )
-    case = linears.Case(shapes.BLOCKS["tiny"], 64, 8, 1, torch.float32, "cpu")
-    for name, module in case.variants().items():
-        together.clear()
-        case.step(module)()
-        assert together == ([3, 2] if name == "ours, fused" else []), name
-
-
 def test_the_verdict_is_of_the_first_step_and_names_what_failed():
     head = {"what": "step", "block": "llama-3.1-8b", "dtype": "bfloat16", "M": 8192, "r": 8}
     us = {"frozen": 100, "ours": 110, "ours, cublas": 121, "ours, each alone": 115, "peft r=8": 130}
@@ -147,15 +115,7 @@ def test_the_verdict_is_of_the_first_step_and_names_what_failed():
         {**stage, "name": "tests", "status": "failed", "exit": 1},
     ]
     report = {"machine": {"device": "cuda"}, "quick": False, "complete": True, "stages": stages}
-    text = staged.markdown(report)
-    lines = text[text.index("## Verdict") :].splitlines()[2:6]
-    assert "ours 1.100, predicted 1.1" in lines[0]
-    assert "PEFT r = 8 1.300" in lines[0]
-    assert "0.909" in lines[1]
-    assert "0.957" in lines[2]
-    assert "tests failed: x" in lines[3]
-    for column in ("over_frozen", "roofline", "host_us", "graph_us", "predicted_us"):
-        assert f" {column}:" in text or f" {column}," in text
-    faster = [{**rows[0], "copy_gb_s": 4000}, *rows[1:]]
-    slow, fast = (staged.with_predictions(each)[2]["predicted_us"] for each in (rows, faster))
-    assert fast < slow
+    verdict = staged.markdown(report).partition("## Verdict")[2]
+    for said in ("ours 1.100, predicted 1.1", "PEFT r = 8 1.300", "0.909", "0.957"):
+        assert said in verdict
+    assert "tests failed: x" in verdict

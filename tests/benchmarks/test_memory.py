@@ -47,13 +47,9 @@ def test_weights_and_trained_parameters_are_those_of_the_model(name, heads):
     assert shape.trained(8, 1) == sum(p.numel() for p in rasa_ext.adapter_parameters(model))
 
 
-@pytest.fixture
-def small(monkeypatch) -> memory.Model:
+def test_what_blocks_save_is_what_autograd_saves(figure, monkeypatch):
     monkeypatch.setattr(memory, "GPU_PADDING", 1)  # CPU tensors are not padded
-    return memory.Model(decoder("small", 4, 64, 32, 160), vocabulary=320, tied=False)
-
-
-def test_what_blocks_save_is_what_autograd_saves(small, figure):
+    small = memory.Model(decoder("small", 4, 64, 32, 160), vocabulary=320, tied=False)
     model = llama(small).to(torch.bfloat16).train()
     rasa_ext.patch_model(model, rank=8, k=1)
     base = {p.untyped_storage().data_ptr() for p in model.parameters()}

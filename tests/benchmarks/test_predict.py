@@ -1,6 +1,5 @@
 """Predicted steps: bytes counted by hand, a measurement of this machine, and the page."""
 
-import re
 import sys
 
 from benchmarks import passes, predict, records
@@ -49,12 +48,6 @@ def test_this_machine_is_measured_beside_it(monkeypatch, capsys):
 def test_the_page_has_what_is_predicted():
     page = predict.PAGE.read_text()
     assert predict.with_tables(page) == page, "python -m benchmarks.predict --write"
-    without = re.sub(r"^\|.*$", "| old |", page, flags=re.MULTILINE)
-    for shown in (
-        predict.over_tokens("llama", "H100", 8, 0.0),
-        predict.over_cards(4096, 8, 0.05),
-        predict.counts("llama", "H100", 8, 4096),
-    ):
-        assert records.table(shown) in predict.with_tables(without)
+    assert records.table(predict.over_cards(4096, 8, 0.05)) in page
     for name, value in predict.GPU._asdict().items():
         assert name == "in_line" or f"| `{name}` | {value} |" in page, name

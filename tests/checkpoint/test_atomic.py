@@ -71,20 +71,20 @@ def forked(work: Callable[[], object]) -> int:
 def killed_at(call: int, work: Callable[[], object]) -> bool:
     """Kill a process at its ``call``-th change of a folder; return False if it ended earlier."""
 
-    def patched_work():
-        calls = []
-        for module, name in ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")):
-            setattr(module, name, counted(getattr(module, name), calls))
-        work()
+    calls = itertools.count(1)
 
-    def counted(function, calls):
+    def counted(function):
         def counting(*args, **kwargs):
-            calls.append(function)
-            if len(calls) == call:
+            if next(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return counting
+
+    def patched_work():
+        for module, name in ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")):
+            setattr(module, name, counted(getattr(module, name)))
+        work()
 
     return os.WIFSIGNALED(os.waitpid(forked(patched_work), 0)[1])
 

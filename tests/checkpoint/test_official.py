@@ -146,7 +146,6 @@ DAMAGES = [
     (_bytes(lambda whole: b"PK\x03\x04 not a zip"), REFUSED),
     (_bytes(lambda whole: whole[: len(whole) // 2]), REFUSED),
     (_bytes(_flipped), REFUSED),
-    (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
     (_config(bias="lora_only"), "bias.*lora_only"),
     (_config(layers_to_transform=[0, 1]), "layers_to_transform"),
     (_config(r=None), r"\br\b"),

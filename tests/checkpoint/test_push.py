@@ -46,22 +46,12 @@ def test_what_is_pushed_is_loaded_by_its_id(kind, hub, tmp_path):
     assert hub.tokens == {f"Bearer {TOKEN}"}
 
 
-def test_repository_branch_message_and_token(hub, tmp_path):
-    rasa_ext.save_adapter(model(), tmp_path)
-    rasa_ext.push_to_hub(
-        tmp_path, "sums", private=True, token="hf_other", revision="v2", commit_message="Second"
-    )
-    assert [(each["name"], each["visibility"]) for each in hub.created] == [("sums", "private")]
-    assert hub.messages == ["Second"]
-    assert hub.tokens == {"Bearer hf_other"}
-    assert hub.files("me/sums") == {}
-    assert 'load_adapter(model, "me/sums")' in card(hub, revision="v2")
-
-
 def test_a_push_replaces_an_earlier_one(hub, tmp_path):
     for rank in (2, 4):
         rasa_ext.save_adapter(model(rank=rank), tmp_path)
-        rasa_ext.push_to_hub(tmp_path, "me/sums")
+        rasa_ext.push_to_hub(tmp_path, "sums", token="hf_other")
+    assert hub.tokens == {"Bearer hf_other"}
+    assert 'load_adapter(model, "me/sums")' in card(hub)
     assert json.loads(hub.files("me/sums")["adapter_config.json"])["r"] == 4
     found = rasa_ext.load_adapter(tiny_lm.make_model(), "me/sums")
     assert rasa_ext.summary(found)[0].R == 5
@@ -116,15 +106,6 @@ def test_an_edited_card_is_pushed_as_edited(hub, tmp_path):
     assert card(hub, "me/mine") == "# Mine\n"
 
 
-def test_a_card_whose_head_is_no_yaml_is_not_pushed(hub, tmp_path):
-    rasa_ext.save_adapter(model(LOCAL), tmp_path)
-    path = tmp_path / "README.md"
-    path.write_text(path.read_text().replace("tags:", "tags: ["))
-    with pytest.raises(ValueError, match=r"README\.md: expected a YAML header"):
-        rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
-    assert hub.created == []
-
-
 def test_what_a_training_needs_to_go_on_stays_here(hub, tmp_path):
     rasa_ext.save_adapter(model(), tmp_path)
     kept = ("finetune.yaml", "summary.json", "training_args.bin", ".git/config", "rng_state_0.pth")
@@ -152,22 +133,24 @@ def test_a_link_is_not_followed(target, hub, tmp_path):
     assert not [name for name, data in hub.files("me/sums").items() if data == b"a key"]
 
 
-def test_nothing_to_push(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"source: .*nowhere is not one"):
-        rasa_ext.push_to_hub(tmp_path / "nowhere", "me/sums")
-    with pytest.raises(FileNotFoundError, match="holds no files to push"):
-        rasa_ext.push_to_hub(tmp_path, "me/sums")
-    with pytest.raises(ValueError, match="unpatched"):
-        rasa_ext.push_to_hub(tiny_lm.make_model(), "me/sums")
-    assert hub.created == []
-
-
-def test_a_damaged_adapter_is_not_pushed(hub, tmp_path):
-    rasa_ext.save_adapter(model(), tmp_path)
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="damaged or cut"):
-        rasa_ext.push_to_hub(tmp_path, "me/sums")
+def test_what_is_not_pushed(hub, tmp_path):
+    for name in ("empty", "headless", "cut"):
+        (tmp_path / name).mkdir()
+    rasa_ext.save_adapter(model(LOCAL), tmp_path / "headless")
+    path = tmp_path / "headless" / "README.md"
+    path.write_text(path.read_text().replace("tags:", "tags: ["))
+    rasa_ext.save_adapter(model(), tmp_path / "cut")
+    path = tmp_path / "cut" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    for source, said in (
+        (tmp_path / "nowhere", "source: .*nowhere is not one"),
+        (tmp_path / "empty", "holds no files to push"),
+        (tmp_path / "headless", r"README\.md: expected a YAML header"),
+        (tmp_path / "cut", "damaged or cut"),
+        (tiny_lm.make_model(), "unpatched"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            rasa_ext.push_to_hub(source, "me/sums", base_model=ID)
     assert hub.created == []
 
 
@@ -195,4 +178,5 @@ def test_the_command(hub, tmp_path):
     assert re.search(r"http://\S+/me/sums/commit/[0-9a-f]{40}$", text)
     assert hub.messages == ["Sums"]
     assert hub.created[-1]["visibility"] == "private"
+    assert hub.files("me/sums") == {}
     assert "adapter_model.safetensors" in hub.files("me/sums", "v2")

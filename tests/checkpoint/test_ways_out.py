@@ -60,20 +60,17 @@ def test_numbers_that_are_not_finite(value, loader, tmp_path):
     refused(lambda: read(model, tmp_path), model, said)
 
 
-class Masked(nn.Module):
-    """A module to save with a mask that holds -inf, like attention masks."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.gate = nn.Linear(4, 4)
-        self.gate.register_buffer("mask", torch.full((2, 2), -torch.inf))
+def masked() -> nn.Module:
+    """Return a model with a mask that holds -inf, like attention masks."""
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4), "gate": nn.Linear(4, 4)})
+    model["gate"].register_buffer("mask", torch.full((2, 2), -torch.inf))
+    return model
 
 
 def test_a_mask_may_hold_infinity(tmp_path):
-    rasa_ext.save_adapter(patched(Masked(), 2, 1, modules_to_save=["gate"]), tmp_path)
-    model = rasa_ext.load_adapter(Masked(), tmp_path)
-    assert model.gate.mask.isinf().all()
+    rasa_ext.save_adapter(patched(masked(), 2, 1, modules_to_save=["gate"]), tmp_path)
+    model = rasa_ext.load_adapter(masked(), tmp_path)
+    assert model["gate"].mask.isinf().all()
 
 
 def stack(layers: int) -> nn.Module:
@@ -146,8 +143,6 @@ def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
 
 
 WRONG = [
-    ({"rasa_train_A": "no"}, "rasa_train_A"),
-    ({"rank_pattern": [1]}, "rank_pattern"),
     ({"rank_pattern": {"a": [1]}}, r"rank_pattern .*got \[1\]"),
     ({"rank_pattern": {"a": 1.5}}, "rank_pattern .*got 1.5"),
     ({"rasa_alpha": 10**400}, "rasa_alpha"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
 import rasa_ext
@@ -126,14 +125,6 @@ def test_a_merged_model_s_card(run, tmp_path, monkeypatch):
     head = yaml.safe_load(told.split("---\n")[1])
     assert (head["base_model"], head["base_model_relation"]) == ("owner/Tiny-LM", "finetune")
     assert "model.safetensors" in pushed
-
-
-def test_an_imported_lora_s_card_says_so(run, tmp_path):
-    lora = get_peft_model(make_model(), LoraConfig(r=3, target_modules=["q_proj"]))
-    lora.save_pretrained(tmp_path / "lora")
-    words = ["import-lora", tmp_path / "lora", "--model", run / "Tiny-LM"]
-    invoke(*words, "--output", tmp_path / "same")
-    assert "Computes the same function as the LoRA `lora` of rank 3." in card(tmp_path / "same")
 
 
 def test_a_trainer_that_pushes(tmp_path, monkeypatch):

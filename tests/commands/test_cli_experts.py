@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import peft
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import rasa_ext
@@ -13,7 +11,7 @@ from rasa_ext.commands import export_lora
 from rasa_ext.commands.inspection import read_groups
 from tests.helpers.adapter_folders import changes_in
 from tests.helpers.cli import invoke, load
-from tests.helpers.expert_files import RANK, adapted, build, logits
+from tests.helpers.expert_files import RANK, adapted, build
 from tests.helpers.experts import EXPERTS, HIDDEN, INNER
 from tests.helpers.tiny_lm import make_tokenizer
 
@@ -56,9 +54,6 @@ def test_export_for_peft(layout, places, tmp_path, recwarn):
     assert "vllm serve" not in text
     warned = [str(w.message) for w in recwarn if "--expert-layout per-expert" in str(w.message)]
     assert len(warned) == (layout is None)
-    loaded = peft.PeftModel.from_pretrained(load(places["base"]), str(tmp_path / "lora")).eval()
-    model = rasa_ext.load_adapter(load(places["base"]), places["slot"])
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
 
 
 def test_export_for_servers(places, tmp_path):
@@ -115,6 +110,7 @@ def test_inspect_has_a_line_for_each_group(grouping, places):
     assert text.count(f"{EXPERTS} x {2 * INNER} x {HIDDEN}") == (2 if grouping == "layer" else 1)
     text = invoke("inspect", places[grouping], "--spectrum")
     assert f"{EXPERTS} x {HIDDEN} x {INNER}" in text
+    assert f" of {pooled} " in text
     assert "Means over layers and experts." in text
 
 

@@ -28,20 +28,11 @@ from tests.helpers.tiny_lm import make_model, save_base
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def offline(monkeypatch) -> None:
-    """Make any connection an error."""
-
-    def refuse(*_, **__):
-        raise AssertionError("the hub was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-
-
 @pytest.mark.parametrize("name", ["adaptr", "some/adapter", "/nowhere/adapter", "empty"])
 @pytest.mark.parametrize("words", [[], ["--spectrum"]])
-def test_a_typo_is_no_hub_name(name, words, offline, tmp_path, monkeypatch):
+def test_a_typo_is_no_hub_name(name, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     text = invoke("inspect", name, *words, code=1)

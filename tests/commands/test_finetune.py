@@ -29,7 +29,7 @@ from tests.helpers.finetuning import (
     run,
 )
 from tests.helpers.quantized import quantized
-from tests.helpers.tiny_lm import CHATML, make_model, write_jsonl
+from tests.helpers.tiny_lm import CHATML, make_model
 
 
 def test_a_run_learns_and_leaves_its_files(options, files):
@@ -105,29 +105,6 @@ def test_another_loss_is_the_one_that_is_trained(other, options, tmp_path):
     assert abs(loss - plain) > 0.1
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end_if_asked_for(options, tmp_path):
-    learnt, other = ({"prompt": "what ", "completion": word * 8} for word in ("plus ", "is "))
-    data = {"data": [learnt] * 4, "eval_data": [other]}
-    given = {name: str(write_jsonl(tmp_path / name, rows)) for name, rows in data.items()}
-    given |= {"lr": 0.5, "max_steps": 6, "eval_steps": 2, "save_steps": 2, "template": False}
-    given |= {"training_arguments": "load_best_model_at_end: true, save_total_limit: 9"}
-    result, _ = run(options, **given)
-    output = Path(options.output)
-    rows = read_metrics(output / "metrics.jsonl")
-    held_out = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss")}
-    best = min((2, 4, 6), key=held_out.get)
-    assert best != 6
-    assert result["eval_loss"] == held_out[best]
-    name = "adapter_model.safetensors"
-    expected = (output / f"checkpoint-{best}" / name).read_bytes()
-    assert (output / name).read_bytes() == expected
-    moved = output.rename(tmp_path / "moved")
-    again, text = run(options, **given, output=str(moved), resume=True)
-    assert "is complete: 6 steps" in text
-    assert again["eval_loss"] == held_out[best]
-    assert (moved / name).read_bytes() == expected
-
-
 def test_gradient_checkpointing_changes_no_loss(options, tmp_path, monkeypatch):
     forward, calls = LlamaMLP.forward, []
     monkeypatch.setattr(LlamaMLP, "forward", lambda *args: calls.append(0) or forward(*args))
@@ -175,18 +152,23 @@ def test_packing_splits_plain_text_and_leaves_nothing_out(options, tmp_path):
 
 
 def test_target_modules_and_dtype(options):
-    _, text = run(options, target_modules="q_proj, v_proj", dtype="bfloat16", max_steps=1)
+    _, text = run(options, target_modules="q_proj, lm_head", dtype="bfloat16", max_steps=1)
     stored = load_file(Path(options.output) / "adapter_model.safetensors")
-    assert {name.split(".")[-2] for name in stored} == {"q_proj", "v_proj"}
+    assert {name.split(".")[-2] for name in stored} == {"q_proj", "lm_head"}
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert stored["base_model.model.lm_head.rasa_B"].abs().max() > 1e-3
     assert "(2 groups, effective rank 5)" in text
 
 
-def test_epochs_make_as_many_steps_as_trainer_counts(options):
-    result, _ = run(options, max_steps=None, epochs=1.5)
+def test_steps_and_rates_of_epochs(options):
+    """Warm-up begins above zero, and the rate ends above zero."""
+    result, _ = run(options, max_steps=None, epochs=1.5, warmup=1 / 3)
     # an epoch has 11 batches in 6 steps
     assert result["step"] == result["total_steps"] == 9
     assert [step for step, _ in checkpoints_in(Path(options.output))] == [8, 9]  # saved per tenth
+    rates = [row[2] for row in losses(options.output)]
+    expected = [1 / 4, 2 / 4, 3 / 4, *(left / 6 for left in range(6, 0, -1))]
+    assert rates == pytest.approx([3e-3 * share for share in expected])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options):
@@ -247,12 +229,8 @@ BAD_OPTIONS = [
             "chat_template_path: x": "chat_template_path: expected a .jinja file, got 'x'",
             "deepspeed: no.json": "training_arguments: ",
             "bf16: true": "bf16 is set by the option dtype",
-            "learning_rate: 1": "learning_rate is set by the option lr",
             "activation_checkpointing: true": "is set by the option gradient_checkpointing",
-            "warmup_steps: 9": "warmup_steps is set by the option warmup",
             "eval_packing: true": "eval_packing is set by the command",
-            "logging_strategy: epoch": "logging_strategy is set by the command",
-            "dataset_text_field: answer": "dataset_text_field is set by the command",
             "model_init_kwargs: {a: b}": "model_init_kwargs is set by the command",
         }.items()
     ),
@@ -269,22 +247,28 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
     assert not Path(options.output).exists()
 
 
-def test_the_best_step_is_kept_and_named(options, files):
+def test_the_best_step_is_kept_and_named(options, files, tmp_path):
     """Without --eval-steps, every checkpoint is evaluated."""
     given = {"eval_data": str(files / "test.jsonl"), "max_steps": 6, "save_steps": 2, "lr": 5.0}
-    best = "load_best_model_at_end: true"
-    result, _ = run(options, **given, training_arguments=best)
-    rows = [
-        row for row in read_metrics(Path(options.output) / "metrics.jsonl") if "eval_loss" in row
-    ]
+    given["training_arguments"] = best = "load_best_model_at_end: true"
+    result, _ = run(options, **given)
+    output, name = Path(options.output), "adapter_model.safetensors"
+    rows = [row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     least = min(rows[1:], key=lambda row: row["eval_loss"])
     assert (result["kept_step"], result["eval_loss"]) == (least["step"], least["eval_loss"])
     assert result["kept_step"] < 6
     (line,) = [each for each in describe(result) if each.startswith("held-out")]
     assert line.endswith(f"(of step {least['step']}, which is kept)")
+    expected = (output / f"checkpoint-{least['step']}" / name).read_bytes()
+    assert (output / name).read_bytes() == expected
+    moved = output.rename(tmp_path / "moved")
+    again, text = run(options, **given, output=str(moved), resume=True)
+    assert "is complete: 6 steps" in text
+    assert again["eval_loss"] == least["eval_loss"]
+    assert (moved / name).read_bytes() == expected
     with pytest.raises(ValueError, match="load_best_model_at_end: expected eval_data"):
-        run(options, overwrite=True, training_arguments=best)
+        run(options, training_arguments=best)
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(options):
@@ -336,13 +320,6 @@ def test_a_given_model_is_left_as_it_was(options):
     run(options, model, max_steps=1)
     assert same_adapters(model, before)
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 320)
-
-
-def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
-    run(options, warmup=0.3, max_steps=10)
-    rates = [row[2] for row in losses(options.output)]
-    expected = [1 / 4, 2 / 4, 3 / 4, *(left / 7 for left in range(7, 0, -1))]
-    assert rates == pytest.approx([3e-3 * share for share in expected])
 
 
 @pytest.mark.parametrize("size", [400, 50_000, 70_000])

@@ -2,15 +2,16 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from rich.console import Console
 
@@ -18,7 +19,7 @@ import rasa_ext
 from rasa_ext.commands import callbacks
 from rasa_ext.commands.checkpoints import newest_whole
 from rasa_ext.commands.options import FinetuneOptions, reserved
-from tests.helpers.adapters import content, patched
+from tests.helpers.adapters import content
 from tests.helpers.cli import invoke
 from tests.helpers.finetuning import (
     assert_same_runs,
@@ -254,24 +255,18 @@ def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
         run(options, max_steps=1, data=str(data), resume=True)
 
 
+@pytest.fixture(scope="module")
+def finished(base, files, tmp_path_factory) -> Path:
+    """The output of a run, with the checkpoints of steps 9 and 10."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    run(small_options(base, files, output, max_steps=10))
+    (output / "checkpoint-best").mkdir()
+    return output
+
+
 @pytest.fixture
-def stopped(tmp_path) -> Path:
-    """An output folder with checkpoints of steps 9 and 10, with Trainer's file names."""
-    model = patched(make_model(), 4, 1)
-    for step in (9, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        rasa_ext.save_adapter(model, folder)
-        optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model))
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        torch.save({"last_epoch": step}, folder / "scheduler.pt")
-        torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
-        (folder / "run.json").write_text(json.dumps({"rank": 4}))
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-best").mkdir()
-    return tmp_path
+def stopped(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "stopped")
 
 
 def cut(path: Path) -> None:
@@ -292,27 +287,16 @@ def found(stopped: Path) -> tuple[Path, str]:
     return newest_whole(stopped, Console(file=text, width=1000)), text.getvalue()
 
 
-def test_the_newest_is_taken(stopped):
-    assert found(stopped) == (
-        stopped / "checkpoint-10",
-        f"Resuming from {stopped / 'checkpoint-10'}.\n",
-    )
+LARGE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+SMALL = ("rng_state.pth", "trainer_state.json", "adapter_config.json", "run.json")
+DAMAGES = [*itertools.product(LARGE, (cut, rot, Path.unlink)), *((name, cut) for name in SMALL)]
 
 
-@pytest.mark.parametrize("damage", [cut, rot, Path.unlink])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
 def test_a_damaged_newest_is_named_and_the_one_before_taken(name, damage, stopped):
     damage(stopped / "checkpoint-10" / name)
     last, before = stopped / "checkpoint-10", stopped / "checkpoint-9"
     assert found(stopped) == (before, f"{last} is damaged.\nResuming from {before}.\n")
-
-
-@pytest.mark.parametrize(
-    "name", ["rng_state.pth", "trainer_state.json", "adapter_config.json", "run.json"]
-)
-def test_small_files_that_are_cut(name, stopped):
-    cut(stopped / "checkpoint-10" / name)
-    assert found(stopped)[0] == stopped / "checkpoint-9"
 
 
 def test_random_states_may_be_missing(stopped):

@@ -263,18 +263,12 @@ def test_rotary_settings_of_a_part_and_of_kinds_of_layers(tmp_path):
     assert again.text_config.rope_parameters == rope
 
 
-@pytest.fixture
-def online(monkeypatch):
-    """Undo this process's offline setting and use a hub address that refuses connections."""
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, request):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://localhost:1")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://localhost:1")  # refuses connections
     model_loading.go_offline_without_hub.cache_clear()
-    yield
-    model_loading.go_offline_without_hub.cache_clear()
-
-
-def test_a_hub_that_does_not_answer_is_asked_once(online):
+    request.addfinalizer(model_loading.go_offline_without_hub.cache_clear)
     for _ in range(2):
         with pytest.raises(ModelError, match="nor a hub model that can be loaded from here"):
             load_model("nobody/nothing")

@@ -1,6 +1,5 @@
 """All methods train in two processes as in one."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -41,9 +40,3 @@ def test_two_processes_change_an_adapter_as_one(changed, left):
     (name, change), outputs = changed, torch.load(left / "outputs.pt")
     alone = family.change(change, "alone")
     torch.testing.assert_close(outputs[f"{name}, ddp"], alone, rtol=1e-9, atol=1e-11)
-
-
-def test_what_ddp_cannot_follow_is_refused(left):
-    said = json.loads((left / "refused.json").read_text())
-    assert said.keys() == {"grow"}
-    assert "model.module" in said["grow"]

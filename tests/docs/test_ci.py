@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -48,10 +47,6 @@ def test_what_the_type_checker_is_not_shown_says_why():
         for line in path.read_text().splitlines():
             if "type: ignore" in line:
                 assert re.search(r"# type: ignore\[[\w, -]+\]  # \w", line), (path, line)
-
-
-def test_the_script_is_one_that_bash_can_read():
-    subprocess.run(["bash", "-n", RUN], check=True)
 
 
 def test_what_a_plain_run_of_the_tests_leaves_out_has_a_stage():

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
 import sys
 
 import generate
@@ -16,15 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
 from tests.helpers.pages import COMMANDS, PAGES, RESEARCH, ROOT, blocks
+from tests.helpers.processes import run_whole
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
 def test_what_is_generated_is_current():
     """The check runs in another process, because it registers the methods of research."""
-    program = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_whole([sys.executable, ROOT / "docs" / "generate.py", "--check"])
 
 
 def test_the_command_s_page_has_every_option():
@@ -50,20 +48,6 @@ def test_the_python_pages_have_every_public_name():
     left_out = {f"methods.{name}" for name in ("RasaConfig", "read_method")}
     own = set(rasa_ext.__all__) - {"__version__", *modules}
     assert own | inside - left_out <= shown
-
-
-def test_a_signature_is_the_source_s():
-    thing = rasa_ext.patching.plan_layers
-    assert generate.signature("plan_layers", thing) == (
-        "plan_layers(\n    model: nn.Module, config: RasaConfig, "
-        "shapes: Mapping[str, tuple[int, int]], where: str\n) -> tuple[RasaConfig, Plan]"
-    )
-    own = generate.signature("nn.RasaPool", rasa_ext.nn.RasaPool)
-    assert own == "nn.RasaPool(tensors: Mapping[str, Tensor])"
-
-
-def test_text_of_docstrings_is_not_read_as_marks():
-    assert generate.escape("L*k of <id>, 0 <= `a*<b>`") == r"L\*k of &lt;id>, 0 &lt;= `a*<b>`"
 
 
 def test_the_kernels_page_has_every_operator():

@@ -1,21 +1,15 @@
 """The sweep over one base in memory: its losses are those of single runs, to the bit."""
 
-import pytest
 import torch
 
 from examples import sweep
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
 
 
-@pytest.fixture(scope="module")
-def data():
+def test_a_sweep_is_its_single_runs():
     tokenizer, rows = make_tokenizer(), sums(36)
-    parts = [rows[i * 4 : i * 4 + 4] for i in range(9)]
-    batches = [sweep.encode(part, tokenizer) for part in parts]
-    return batches[:8], batches[8]
-
-
-def test_a_sweep_is_its_single_runs(data):
+    batches = [sweep.encode(rows[i * 4 : i * 4 + 4], tokenizer) for i in range(9)]
+    data = batches[:8], batches[8]
     base = make_model()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     study = sweep.sweep(base, *data)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +17,7 @@ import rasa_ext
 from rasa_ext import methods
 from tests.helpers import outside
 from tests.helpers.cli import load, logits
+from tests.helpers.processes import run_whole
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 COUNT = '''
@@ -33,19 +33,6 @@ outside-vera = vera_method:VeraConfig
 count = vera_method:count
 """
 METADATA = "Metadata-Version: 2.1\nName: vera-method\nVersion: 1.0\n"
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder of packages; one of them announces VeRA."""
-    folder = tmp_path_factory.mktemp("site")
-    text = Path(outside.__file__).read_text().replace('"vera"', '"outside-vera"')
-    (folder / "vera_method.py").write_text(text + COUNT)
-    about = folder / "vera_method-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(METADATA)
-    (about / "entry_points.txt").write_text(ANNOUNCED)
-    return folder
 
 
 COMMANDS = """
@@ -69,15 +56,20 @@ for words in (
 """
 
 
-def test_the_commands_train_show_merge_and_export_it(installed, tmp_path):
-    """In a new process that has not imported the method."""
+def test_the_commands_train_show_merge_and_export_it(tmp_path):
+    """In a new process that has not imported the method, with a package that announces VeRA."""
+    installed = tmp_path / "site"
+    about = installed / "vera_method-1.0.dist-info"
+    about.mkdir(parents=True)
+    text = Path(outside.__file__).read_text().replace('"vera"', '"outside-vera"')
+    (installed / "vera_method.py").write_text(text + COUNT)
+    (about / "METADATA").write_text(METADATA)
+    (about / "entry_points.txt").write_text(ANNOUNCED)
     base, data = save_base(tmp_path / "base"), write_jsonl(tmp_path / "train.jsonl", sums(8))
     path = os.pathsep.join([str(installed), str(Path(rasa_ext.__file__).parents[1])])
     command = [sys.executable, "-c", COMMANDS, str(base), str(data), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = " ".join(done.stdout.split())
+    words = " ".join(run_whole(command, env=environment).split())
     for said in ("rasa_method outside-vera", "Count the files of a folder.", "files: "):
         assert said in words
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -25,7 +25,20 @@ class Post:
     log: Path
 
     def __call__(self, path: str, body: dict[str, Any]) -> Any:
-        return _post(f"{self.address}{path}", body, self.server, self.log)
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
+        end = time.monotonic() + 900
+        while True:
+            assert self.server.poll() is None, self.log.read_text()[-6000:]
+            try:
+                with urllib.request.urlopen(request, timeout=300) as answer:
+                    text = answer.read().decode()
+                    return json.loads(text) if text.startswith("{") else text
+            except urllib.error.HTTPError as error:
+                raise AssertionError(error.read(), self.log.read_text()[-6000:]) from error
+            except OSError:  # the server is not up yet
+                assert time.monotonic() < end, self.log.read_text()[-6000:]
+                time.sleep(1)
 
 
 @contextlib.contextmanager
@@ -59,21 +72,3 @@ def complete(post, model: str, tokens: list[int]) -> dict[str, float]:
     )
     (first,) = told["choices"][0]["logprobs"]["top_logprobs"]
     return {token.removeprefix("token_id:"): value for token, value in first.items()}
-
-
-def _post(url: str, body: dict[str, Any], server: subprocess.Popen, log: Path) -> Any:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    end = time.monotonic() + 900
-    while True:
-        assert server.poll() is None, log.read_text()[-6000:]
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                text = answer.read().decode()
-                return json.loads(text) if text.startswith("{") else text
-        except urllib.error.HTTPError as error:
-            raise AssertionError(error.read(), log.read_text()[-6000:]) from error
-        except OSError:  # the server is not up yet
-            assert time.monotonic() < end, log.read_text()[-6000:]
-            time.sleep(1)

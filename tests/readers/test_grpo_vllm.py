@@ -9,6 +9,7 @@ from examples.served_adapter import ServedAdapter
 from rasa_ext.commands.models import load_model
 from rasa_ext.serving.vllm import POOLS
 from tests.helpers.lora_server import log_probabilities
+from tests.helpers.trainers import QUIET
 from tests.readers.conftest import TEXTS, fill
 from tests.readers.likeliest import LIMIT
 from tests.readers.servers import served as serving
@@ -25,6 +26,8 @@ def test_the_server_computes_with_what_was_just_trained(
 ):
     words = ["vllm", "serve", str(case.base), "--dtype", "float32", "--max-model-len", "256"]
     words += ["--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
+    settings = {**QUIET, "max_steps": 2, "learning_rate": 1e-3, "bf16": False}
+    settings |= {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4}
     model = rasa_ext.patch_model(load_model(str(case.gguf)), rank=8, k=1)
     fill(model, 0)
     told, before, moved = [], [], []
@@ -46,19 +49,7 @@ def test_the_server_computes_with_what_was_just_trained(
             model,
             # Rewards always differ, so that every step changes the adapter.
             reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-            args=trl.GRPOConfig(
-                str(tmp_path / "out"),
-                max_steps=2,
-                per_device_train_batch_size=2,
-                num_generations=2,
-                max_completion_length=4,
-                learning_rate=1e-3,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                disable_tqdm=True,
-            ),
+            args=trl.GRPOConfig(str(tmp_path / "out"), **settings),
             train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in TEXTS]),
             processing_class=AutoTokenizer.from_pretrained(case.base),
             rollout_func=rollout,

@@ -10,14 +10,9 @@ from tests.readers.servers import complete, served
 pytestmark = pytest.mark.readers
 
 
-@pytest.fixture(scope="module")
-def loras(case, tmp_path_factory):
-    """Both adapters as LoRAs, with the printed command."""
-    return exported(case, tmp_path_factory.mktemp("vllm"))
-
-
-def test_the_server_as_printed(case, loras, tmp_path, measured):
+def test_the_server_as_printed(case, tmp_path, measured):
     """The server serves the initial adapter, the base, and an adapter loaded over HTTP."""
+    loras = exported(case, tmp_path)
     _, words = loras["first"]
     assert words[:2] == ["vllm", "serve"]
     names = {"first": loras["first"][0].name, "base": str(case.base), "second": "pushed"}

@@ -1,5 +1,7 @@
 """Folders of adapters as LoRAs, without vLLM; tests/methods has every method's formula."""
 
+import functools
+
 import pytest
 import torch
 
@@ -93,46 +95,46 @@ def test_heads_that_vllm_takes_are_given(head, tmp_path):
     torch.testing.assert_close(given, base.get_submodule(head).weight)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"modules_to_save": ["norm"]}, "model.norm.weight"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
-        ({"trainable_token_indices": [1, 2]}, "model.embed_tokens.token_adapter"),
-    ],
-)
-def test_other_trained_parts_are_refused_by_name(options, named, tmp_path):
-    saved(tmp_path, **options)
-    with pytest.raises(ValueError, match=f"{tmp_path}: vLLM serves .*{named}.*merge"):
-        expand(tmp_path)
-
-
-def test_trained_biases_are_refused_by_name(tmp_path):
+def with_biases(folder):
     base = make_model()
     layer = base.model.layers[0].mlp.up_proj
     layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
-    peft.adapted(base, bias="rasa_only").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"up_proj.*bias"):
-        expand(tmp_path)
+    peft.adapted(base, bias="rasa_only").save_pretrained(folder)
 
 
-def test_experts_are_refused_by_name(tmp_path):
-    rasa_ext.save_adapter(experts.patched(experts.model(), "slot"), tmp_path)
-    with pytest.raises(ValueError, match=r"experts\.\w+ are experts.*--expert-layout per-expert"):
-        expand(tmp_path)
+def with_experts(folder):
+    rasa_ext.save_adapter(experts.patched(experts.model(), "slot"), folder)
 
 
-def test_damaged_tensors(tmp_path):
-    saved(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
+def cut(folder):
+    saved(folder)
+    file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{file}: damaged or cut"):
-        expand(tmp_path)
 
 
-def test_a_model_that_diverged(tmp_path):
+def diverged(folder):
     model = patched(make_model())
     next(iter(adapters(model).values())).d.data[0] = torch.nan
-    rasa_ext.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=r"finite.*rasa_d.*It was not loaded"):
+    rasa_ext.save_adapter(model, folder)
+
+
+def parts(**options):
+    return functools.partial(saved, **options)
+
+
+REFUSED = [
+    (parts(modules_to_save=["norm"]), "vLLM serves .*model.norm.weight.*merge"),
+    (parts(modules_to_save=["lm_head"]), "vLLM serves .*lm_head.weight.*merge"),
+    (parts(trainable_token_indices=[1, 2]), "vLLM serves .*embed_tokens.token_adapter.*merge"),
+    (with_biases, "up_proj.*bias"),
+    (with_experts, r"experts\.\w+ are experts.*--expert-layout per-expert"),
+    (cut, "adapter_model.safetensors: damaged or cut"),
+    (diverged, "finite.*rasa_d.*It was not loaded"),
+]
+
+
+@pytest.mark.parametrize(("write", "said"), REFUSED)
+def test_what_is_refused_by_name(write, said, tmp_path):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{said}"):
         expand(tmp_path)

@@ -22,6 +22,7 @@ from rasa_ext.base_layers.sharded import is_dtensor
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
 from tests.helpers.processes import refuse_views
+from tests.helpers.trainers import QUIET
 
 GLOBAL_BATCH = 8
 
@@ -41,18 +42,9 @@ def train(directory: Path, processes: int, fsdp2: bool = False) -> None:
     for row in data:
         row["labels"] = row["input_ids"]
     model = patched(LLAMA.build())
-    arguments = TrainingArguments(
-        directory,
-        max_steps=4,
-        logging_steps=1,
-        learning_rate=0.001,
-        per_device_train_batch_size=GLOBAL_BATCH // 2 // processes,
-        gradient_accumulation_steps=2,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    settings = {**QUIET, "max_steps": 4, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+    settings["per_device_train_batch_size"] = GLOBAL_BATCH // 2 // processes
+    arguments = TrainingArguments(directory, **settings)
     if fsdp2:
         shard_on_cpus()
     trainer = Trainer(model, arguments, train_dataset=data)
