@@ -62,25 +62,19 @@ def backward(
     return (layers, pool, *map(address, found), *sizes[:4], kernels.DType.float32), found
 
 
-@pytest.mark.parametrize("count", ["none", 1, 3, "by value", "from a table"])
-def test_one_launch_for_all_layers(kernels, count):
-    most, sizes = kernels.layers_by_value, (9, 5, 2, 1, 3)
-    count = {"none": 0, "by value": most, "from a table": most + 1}.get(count, count)
+GROUPS = [(count, (9, 5, 2, 1, 3)) for count in (0, 1, 3, "by value", "from a table")]
+
+
+@pytest.mark.parametrize(("count", "sizes"), [*GROUPS, (1, (4, 4, 0, 0, 0))])
+def test_one_launch_for_all_layers_and_none_over_nothing(kernels, count, sizes):
+    most, (width, out, *_, Rp) = kernels.layers_by_value, sizes
+    count = {"by value": most, "from a table": most + 1}.get(count, count)
     group = [draw_adapter(*sizes[:4]) for _ in range(count)]
     call, _alive = packing(kernels, group, sizes, torch.bfloat16)
-    assert launches(kernels, lambda: kernels.pack(*call)) == (count > 0)
-    grads = torch.randn(count, 3, 9), torch.randn(count, 3, 5)
+    assert launches(kernels, lambda: kernels.pack(*call)) == (count * Rp > 0)
+    grads = torch.randn(count, Rp, width), torch.randn(count, Rp, out)
     back, _alive_too = backward(kernels, group, sizes, *grads)
-    assert launches(kernels, lambda: kernels.pack_backward(*back)) == (count > 0)
-
-
-def test_no_launch_over_nothing(kernels):
-    group = [draw_adapter(4, 4, 0, 0)]
-    call, _alive = packing(kernels, group, (4, 4, 0, 0, 0), torch.bfloat16)
-    assert launches(kernels, lambda: kernels.pack(*call)) == 0
-    grads = torch.randn(1, 0, 4), torch.randn(1, 0, 4)
-    back, _alive_too = backward(kernels, group, (4, 4, 0, 0, 0), *grads)
-    assert launches(kernels, lambda: kernels.pack_backward(*back)) == 0
+    assert launches(kernels, lambda: kernels.pack_backward(*back)) == (count * Rp > 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

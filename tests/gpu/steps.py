@@ -14,6 +14,7 @@ from tests.helpers.adapters import (
     adapters,
     compare,
     excesses,
+    excesses_of,
     plain_model,
     trainable_copies,
     wide,
@@ -27,23 +28,19 @@ class Case:
     """x, a frozen layer, an adapter with dW about as large as W, and a gradient of y.
 
     Args:
-        sizes: tokens, in, out, private ranks and pool ranks (None: no pool).
+        sizes: tokens, in, out, private ranks and pool ranks.
     """
 
     def __init__(self, sizes: tuple, dtype: torch.dtype, device: str) -> None:
         tokens, width, out, own, pooled = sizes
         self.x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
         self.grad = torch.randn(tokens, out, device=device).to(dtype)
-        self.base = nn.Linear(1, 1, device=device).requires_grad_(False)
-        weight = torch.randn(out, width, device=device) * max(width, 1) ** -0.5
-        self.base.weight.data, self.base.bias.data = weight.to(dtype), self.grad.new_zeros(out)
+        self.base = nn.Linear(width, out, device=device, dtype=dtype).requires_grad_(False)
+        self.base.weight.normal_(std=width**-0.5)
         self.base.bias.normal_()
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        drawn = draw_adapter(width, out, own, pooled, device, wide)
-        down = max(width, 1) ** -0.5
-        up = max(drawn.d.numel(), 1) ** -0.5
-        pools = (None, None) if pooled is None else (drawn.A_pool * down, drawn.B_pool * up)
-        scaled = Adapter(drawn.A * down, pools[0], drawn.B * up, pools[1], drawn.d)
+        A, A_pool, B, B_pool, d = draw_adapter(width, out, own, pooled, device)
+        down, up = width**-0.5, d.numel() ** -0.5
+        scaled = Adapter(A * down, A_pool * down, B * up, B_pool * up, d)
         self.adapter = trainable_copies({"": scaled})[""]
 
     def ours(self) -> dict[str, Tensor]:
@@ -62,7 +59,6 @@ class Case:
     def _step(self, run: Callable[[], Tensor]) -> dict[str, Tensor]:
         y = run()
         leaves = {"x": self.x, **self.adapter._asdict()}
-        leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         grads = torch.autograd.grad(y, list(leaves.values()), self.grad)
         return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -71,8 +67,6 @@ class Case:
         """Compute the same quantities in float64 on the device."""
         x, adapter = self.x.detach(), self.adapter
         found = oracle.linear_grads(self.grad, x, self.base.weight, adapter)
-        if adapter.A_pool is None:
-            del found["A_pool"], found["B_pool"]
         y = oracle.linear(x, self.base.weight, self.base.bias, adapter)
         return {**found, "y": y, "quiet": y}
 
@@ -113,12 +107,11 @@ def check_evaluation(entry: Entry, base: nn.Module, model: nn.Module, inputs: di
 
     The model may be merged.
     """
-    copies, ours, theirs = trainable_copies(adapters(model)), Errors(), Errors()
+    copies = trainable_copies(adapters(model))
     reference = oracle.run_model(base, copies, lambda dense: entry.loss(dense, wide(inputs)))
     with torch.no_grad():
         found = entry.call(model, **inputs)
         plain = entry.call(plain_model(base, copies), **inputs)
-    ours.add({"logits": found}, {"logits": reference["logits"]})
-    theirs.add({"logits": plain}, {"logits": reference["logits"]})
-    assert not excesses(ours, theirs, floor(found.dtype))[0]
+    logits = ({"logits": each} for each in (found, plain, reference["logits"]))
+    assert not excesses_of(*logits, floor(found.dtype))[0]
     return found

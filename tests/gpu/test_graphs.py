@@ -51,10 +51,8 @@ def test_forward_sees_new_weights(dtype, tokens, device):
 
     Up to 16 tokens use the hand-written pair of kernels.
     """
-    model, x = (
-        model_of(dtype, device).eval(),
-        torch.randn(tokens, WIDTH, device=device, dtype=dtype),
-    )
+    model = model_of(dtype, device).eval()
+    x = torch.randn(tokens, WIDTH, device=device, dtype=dtype)
     forward(model, x)
     graph = Captured(lambda: forward(model, x))
     assert_close(graph.replay(), forward(copy.deepcopy(model), x))

@@ -41,16 +41,3 @@ def test_two_adapters(device, tmp_path):
         found = loaded(tokens).logits
         assert found.device.type == device
         assert torch.equal(found, model(tokens).logits)
-
-
-def test_merging_one_of_them(device):
-    model, tokens = two().to(device), TOKENS.to(device)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    with torch.no_grad():
-        free = model(tokens).logits
-        model.merge_adapter(["default"])
-        close(model(tokens).logits.cpu(), dense(copy.deepcopy(two()), "default"))
-        model.unmerge_adapter()
-        assert torch.equal(model(tokens).logits, free)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import rasa_ext
 from rasa_ext.methods import AdapterConfig
 from tests.helpers import tiny_lm
-from tests.helpers.adapters import RANK, LargestTensor, patched
+from tests.helpers.adapters import RANK, LargestTensor, patched, same_tensors
 from tests.helpers.models import LLAMA
 from tests.helpers.refusals import refused
 
@@ -54,6 +54,13 @@ def changes_in(folder: Path) -> dict[str, Tensor]:
         found[name] = config["lora_alpha"] / config["r"] * B @ A
     assert not [key for key in tensors if ".lora_" in key]
     return found
+
+
+def same_exports(folder: Path, *models: nn.Module, **options) -> bool:
+    """Return whether two models' adapters are exported as the same LoRA."""
+    for name, model in zip("ab", models, strict=True):
+        rasa_ext.export_lora(model, folder / name, **options)
+    return same_tensors(*(read(folder / name)[1] for name in "ab"))
 
 
 def edit(folder: Path, **fields) -> None:

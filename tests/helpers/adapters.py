@@ -66,9 +66,8 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def pool_members(model: nn.Module) -> set[frozenset[str]]:
     """Return the sets of layers that share a pool."""
     pools: dict[int, list[str]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, rasa_ext.RasaLinear):
-            pools.setdefault(id(layer.pool), []).append(name)
+    for name, layer in adapted_layers(model).items():
+        pools.setdefault(id(layer.pool), []).append(name)
     return {frozenset(names) for names in pools.values()}
 
 
@@ -139,6 +138,14 @@ def excesses(ours: Errors, plain_: Errors, floor: float) -> tuple[dict[str, str]
     return bad, worst
 
 
+def excesses_of(found, plain_, reference, floor: float, by_kind=False) -> tuple[dict, float]:
+    """Return ``excesses`` of one draw's errors from ``reference``."""
+    ours, theirs = Errors(by_kind), Errors(by_kind)
+    ours.add(found, reference)
+    theirs.add(plain_, reference)
+    return excesses(ours, theirs, floor)
+
+
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -148,11 +155,9 @@ def assert_matches_oracle(
     """Assert that ``observed``, one step of ``model``, is about as exact as the plain formula."""
     found = trainable_copies(adapters(model))
     reference = oracle.run_model(base, found, lambda dense: entry.loss(dense, wide(inputs)))
-    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
-    ours.add(observed, reference)
-    theirs.add(observe(plain_model(base, found), found, entry, inputs), reference)
-    bad, _ = excesses(ours, theirs, FLOOR.get(next(base.parameters()).dtype, 0.0))
-    assert not bad
+    plain = observe(plain_model(base, found), found, entry, inputs)
+    floor = FLOOR.get(next(base.parameters()).dtype, 0.0)
+    assert not excesses_of(observed, plain, reference, floor, by_kind=True)[0]
 
 
 def check_step(entry, base, model, run=None, seed=0):
@@ -196,9 +201,14 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     )
 
 
+def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        same_bits(left[key].detach(), right[key].detach()) for key in left
+    )
+
+
 def same_adapters(left: nn.Module, right: nn.Module) -> bool:
-    a, b = left.state_dict(), right.state_dict()
-    return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    return same_tensors(left.state_dict(), right.state_dict())
 
 
 def content(directory: Path) -> dict[str, bytes]:

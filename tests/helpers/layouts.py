@@ -37,7 +37,7 @@ from transformers.integrations.finegrained_fp8 import (
 import rasa_ext
 from rasa_ext.ops import accumulation_dtype
 from tests.helpers import experts, tiny_lm
-from tests.helpers.adapters import Errors, excesses
+from tests.helpers.adapters import excesses_of
 
 WIDTH, INNER = 64, 160
 """Multiples of every layout's group size; 160 rows are one tile of 128 and a partial tile."""
@@ -364,21 +364,18 @@ def step_over_experts(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), "input": inputs.grad, **trained}
 
 
-def excesses_over_experts(
+def excesses_over_packed(
     wide: nn.Module, plain: nn.Module, packed: nn.Module, grouping: str | None, tokens: Tensor
 ) -> tuple[dict[str, str], float]:
-    """Return ``excesses`` of a model patched over packed experts, compared with dense experts.
+    """Return ``excesses`` of a model patched over a packed base, compared with a dense one.
 
     ``wide`` is the dense base in float64, from which errors are measured.
     """
     seen = []
     for base in (wide, plain, packed):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # warns of left-out experts
+        # It warns of experts that it leaves out.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             model = rasa_ext.patch_model(base, 3, 1, experts=grouping).train()
         experts.randomize(model, 4)  # a draw at which rounding turns no choice of a router
         seen.append(step_over_experts(model, tokens))
-    theirs, ours = Errors(by_kind=True), Errors(by_kind=True)
-    theirs.add(seen[1], seen[0])
-    ours.add(seen[2], seen[0])
-    return excesses(ours, theirs, 1e-6)
+    return excesses_of(seen[2], seen[1], seen[0], 1e-6, by_kind=True)

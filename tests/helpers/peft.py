@@ -153,6 +153,5 @@ def lora_changes(model):
 
 def load_in_peft(base, directory):
     """Load with PEFT onto a copy of the plain model; any warning (unused keys, say) is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(action="error", category=UserWarning):
         return PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()

@@ -13,15 +13,10 @@ IN, POOLED, R = 64, 9, 16
 
 def asked(host) -> list[tuple[int, ...]]:
     """Return (rows, columns, inner, beta) of every product."""
-    found = []
-    for call in host.calls():
-        assert "batch=1 " in call
-        n, m, k, beta = (
-            int(re.search(rf"\b{name}=(\d+)", call)[1]) for name in ("m", "n", "k", "beta")
-        )
-        # Row-major results are cuBLAS's transposes: m is the width.
-        found.append((m, n, k, beta))
-    return found
+    pattern = r"m=(\d+) n=(\d+) k=(\d+) batch=1 beta=(\d+) "
+    found = [map(int, re.search(pattern, call).groups()) for call in host.calls()]
+    # Row-major results are cuBLAS's transposes: m is the width.
+    return [(n, m, k, beta) for m, n, k, beta in found]
 
 
 def listed(name: str, tokens: int, widths: list[int], biased: bool) -> list[tuple[int, ...]]:
@@ -29,13 +24,9 @@ def listed(name: str, tokens: int, widths: list[int], biased: bool) -> list[tupl
     setting = passes.Setting(
         tokens, R, POOLED, itemsize=2, multiple=16, biased=biased, kernels=True
     )
-    found: list[tuple[int, ...]] = []
-    for op in passes.ops(passes.BY_NAME[name], linears, setting):
-        if op.kind != "product":
-            continue
-        to = op.writes[0]
-        found.append((to.rows, to.cols, op.inner, int(op.added_to is not None)))
-    return found
+    ops = passes.ops(passes.BY_NAME[name], linears, setting)
+    products = [(op, op.writes[0]) for op in ops if op.kind == "product"]
+    return [(to.rows, to.cols, op.inner, int(op.added_to is not None)) for op, to in products]
 
 
 def draw(*shape: int) -> torch.Tensor:

@@ -18,32 +18,35 @@ def drawn(seed: int, shape: tuple) -> Tensor:
     return unpacked(mask, torch.Size(shape))
 
 
-def layer_of(dtype=torch.float64, hooked=False, **options):
+def layer_of(bias: bool, hooked: bool, dropout: float):
     """Return a base layer (9, 7) and its adapted layer with dropout.
 
     A hook on the base prevents the path for plain linear layers.
     """
-    stack = nn.Sequential(*(nn.Linear(9, 7) for _ in range(3))).to(dtype)
+    stack = nn.Sequential(*(nn.Linear(9, 7, bias) for _ in range(3))).double()
     if hooked:
         stack[1].register_forward_hook(lambda module, args, output: output)
-    model = patched(stack, 4, 1, dropout=P, **options).train()
+    model = patched(stack, 4, 1, dropout=dropout, adapter_dtype=torch.float64).train()
     return stack[1], model[1]
 
 
-@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 9), (0, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 9), (2, 1, 2, 9), (0, 9), (2, 0, 9)])
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("needs_dx", [False, True])
-def test_a_layer(needs_dx, hooked, shape):
-    """Output and gradients equal the formula with the same mask; no_grad gives the same output."""
-    base, layer = layer_of(hooked=hooked, adapter_dtype=torch.float64)
+def test_a_layer(needs_dx, hooked, bias, dropout, shape):
+    """Outputs and gradients are the formula's with the same mask, or none; also without grad."""
+    base, layer = layer_of(bias, hooked, dropout)
     x = torch.randn(shape, dtype=torch.float64).requires_grad_(needs_dx)
-    kept = drawn(7, shape).view(-1, 9)
+    kept = drawn(7, shape).view(-1, 9) if dropout else None
     torch.manual_seed(7)
     y = layer(x)
     flat = x.detach().view(-1, 9)
     dropped = drop(flat, kept)
     adapter, nothing = adapter_of(layer), torch.zeros_like(base.weight)
-    expected = flat @ base.weight.T + base.bias + oracle.linear(dropped, nothing, None, adapter)
+    alone = nn.functional.linear(flat, base.weight, base.bias)
+    expected = alone + oracle.linear(dropped, nothing, None, adapter)
     torch.testing.assert_close(y.view(-1, 7), expected)
     grad = torch.randn_like(y)
     y.backward(grad)
@@ -54,9 +57,10 @@ def test_a_layer(needs_dx, hooked, shape):
     if needs_dx:
         wanted_x = G @ base.weight + drop(wanted["x"], kept)
         torch.testing.assert_close(x.grad.view(-1, 9), wanted_x)
-    with torch.no_grad():
-        torch.manual_seed(7)
-        torch.testing.assert_close(layer(x), y)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.manual_seed(7)
+            torch.testing.assert_close(layer(x), y)
 
 
 def test_compile_with_checkpointing():

@@ -45,10 +45,10 @@ def naive(module: RasaExperts, leaves: Mapping[str, Tensor], x, chosen, shares) 
     return oracle.experts(x, chosen, shares, *parts, act, norm)
 
 
-def gradients(call, x: Tensor, shares: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients(call, x, chosen, shares, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the output, and gradients of x, the shares and all leaves for a fixed probe."""
     x, shares = x.clone().requires_grad_(), shares.clone().requires_grad_()
-    y = call(x, shares)
+    y = call(x, chosen, shares)
     probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     wanted = {"x": x, "shares": shares, **{n: leaf for n, leaf in leaves.items() if leaf.numel()}}
     grads = torch.autograd.grad((y * probe.to(y.dtype)).sum(), list(wanted.values()))
@@ -66,9 +66,9 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def check(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> dict[str, Tensor]:
     """Compare the module's output and every gradient with the loop, and return the module's."""
     leaves = leaves_of(module)
-    found = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
+    found = gradients(module, x, chosen, shares, leaves)
     wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-    expected = gradients(lambda x, w: naive(module, wide, x, chosen, w), x, shares, wide)
+    expected = gradients(functools.partial(naive, module, wide), x, chosen, shares, wide)
     assert_close(found, expected)
     with torch.no_grad():
         assert_close({"y": module(x, chosen, shares)}, {"y": expected["y"]})
@@ -113,7 +113,7 @@ def test_no_token(family, grouping):
     _, module = doubles(family, grouping)
     x, chosen, shares = experts.inputs(tokens=0)
     leaves = leaves_of(module)
-    found = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
+    found = gradients(module, x, chosen, shares, leaves)
     assert found["y"].shape == (0, experts.HIDDEN)
     for name, tensor in {"x": x, "shares": shares, **leaves}.items():
         assert found[name].shape == tensor.shape
@@ -158,8 +158,9 @@ def test_experts_without_marks(kind, grouping, tokens):
         return torch.func.functional_call(plain, found, (x, *inputs[1:]))
 
     shares = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    found = gradients(lambda x, w: module(x, *inputs[1:]) * w, inputs[0], shares, leaves)
-    wanted = gradients(lambda x, w: expected(x) * w, inputs[0], shares, leaves)
+    given = inputs[0], None, shares, leaves
+    found = gradients(lambda x, _, w: module(x, *inputs[1:]) * w, *given)
+    wanted = gradients(lambda x, _, w: expected(x) * w, *given)
     assert_close(found, wanted)
     with torch.no_grad():
         assert_close({"y": module(*inputs)}, {"y": wanted["y"]})
@@ -201,16 +202,10 @@ def test_rounding(family, grouping, dtype, figure):
         x = x.to(dtype)
         leaves = leaves_of(module)
         wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-        expected = gradients(
-            lambda x, w, wide=wide, chosen=chosen: naive(module, wide, x, chosen, w),
-            x.double(),
-            shares.double(),
-            wide,
-        )
+        exact = functools.partial(naive, module, wide)
+        expected = gradients(exact, x.double(), chosen, shares.double(), wide)
         for errors, run in ((ours, module), (theirs, functools.partial(plain, module))):
-            found = gradients(
-                lambda x, w, run=run, chosen=chosen: run(x, chosen, w), x, shares, leaves
-            )
+            found = gradients(run, x, chosen, shares, leaves)
             assert found["y"].dtype == x.dtype
             errors.add(found, expected)
     bad, worst = excesses(ours, theirs, FLOOR.get(dtype, 0.0))

@@ -5,7 +5,7 @@ import torch
 
 import rasa_ext
 from tests.helpers import experts
-from tests.helpers.adapters import patched, same_bits
+from tests.helpers.adapters import patched, same_tensors
 from tests.helpers.peft import TOKENS, tiny, trained
 from tests.helpers.tiny_lm import make_model
 
@@ -64,21 +64,13 @@ def test_the_first_forward_with_grad_restores(build, warm):
     assert all((p != b.float()).any() for p, b in zip(parameters, rounded, strict=True))
 
 
-def test_training_mode_restores(build):
-    model = build().eval()
-    cast(model)
-    with pytest.warns(UserWarning, match=CAST):
-        model.train()
-    assert dtypes(model) == {torch.float32}
-
-
-def test_gradients_that_were_there_follow(build):
+def test_training_mode_restores_parameters_and_gradients(build):
     model = build().train()
     backward(model)
-    model.bfloat16()  # casts gradients, too
+    model.eval().bfloat16()  # casts gradients, too
     with pytest.warns(UserWarning, match=CAST):
         model.train()
-    assert {p.grad.dtype for p in trained(model).values()} == {torch.float32}
+    assert {each.dtype for p in trained(model).values() for each in (p, p.grad)} == {torch.float32}
 
 
 def test_a_cast_holds_without_training(build):
@@ -117,7 +109,7 @@ def test_loading_does_not_round(build):
     cast(model)
     with pytest.warns(UserWarning, match=CAST):
         model.load_state_dict(state)
-    assert all(same_bits(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert same_tensors(model.state_dict(), state)
 
 
 def test_several_processes_are_refused(build, monkeypatch):

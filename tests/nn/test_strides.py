@@ -103,8 +103,7 @@ def test_buckets_of_ddp(view):
     model, inputs = patched(SEQUENTIAL.build()), SEQUENTIAL.inputs(0)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
             for _ in range(2):
                 SEQUENTIAL.loss(wrapped, inputs)[1].backward()

@@ -62,12 +62,6 @@ def test_elements_are_independent(device):
         assert (flat @ shifted).abs() / size < 5
 
 
-def test_the_mask_follows_the_seed(device):
-    same, other = (drawn(seed, (33, 17), P, device) for seed in (3, 4))
-    assert torch.equal(drawn(3, (33, 17), P, device), same)
-    assert not torch.equal(same, other)
-
-
 def test_nothing_is_drawn_where_nothing_is_dropped():
     state = torch.get_rng_state()
     assert functional.dropout(torch.ones(2, 4), 0.0) == (None, 1.0)

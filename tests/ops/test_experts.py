@@ -45,11 +45,10 @@ def draw(shape, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor, Tens
 
 def by_loop(shape, x, weights, y) -> tuple[Tensor, Tensor]:
     """Compute both products in float64, expert by expert."""
-    parts = list(
-        zip(x.double().split(shape[0]), weights.double(), y.double().split(shape[0]), strict=True)
-    )
-    product = torch.cat([rows @ weight for rows, weight, _ in parts])
-    return product, torch.stack([rows.t() @ others for rows, _, others in parts])
+    rows, others = x.double().split(shape[0]), y.double().split(shape[0])
+    products = [each @ weight for each, weight in zip(rows, weights.double(), strict=True)]
+    outer = [each.t() @ other for each, other in zip(rows, others, strict=True)]
+    return torch.cat(products), torch.stack(outer)
 
 
 @devices

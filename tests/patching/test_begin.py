@@ -29,15 +29,22 @@ def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * V[:rank], U[:, :rank] * root
 
 
-@dataclasses.dataclass(frozen=True)
-class PissaConfig(methods.LoraConfig):
-    """PiSSA (arXiv 2404.02948): dW = s (B A - B_0 A_0), which begins at 0."""
-
-    method: ClassVar[str] = "pissa"
+class Minus:
+    """Tensors that do not train, and B A - B_0 A_0."""
 
     def layer_tensors(self, spec) -> dict[str, Tensor]:
         own = super().layer_tensors(spec)
         return own | {f"{name}_0": torch.zeros_like(own[name].detach()) for name in "AB"}
+
+    def difference(self, own) -> tuple[Tensor, Tensor]:
+        return torch.cat([own["A"], own["A_0"]]), torch.cat([own["B"], -own["B_0"]], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PissaConfig(Minus, methods.LoraConfig):
+    """PiSSA (arXiv 2404.02948): dW = s (B A - B_0 A_0), which begins at 0."""
+
+    method: ClassVar[str] = "pissa"
 
     def begin(self, own, pool, spec, weight) -> None:
         A, B = largest(weight, self.rank)
@@ -47,19 +54,15 @@ class PissaConfig(methods.LoraConfig):
             own[f"{name}_0"].copy_(value)
 
     def factors(self, own, pool, spec) -> Factors:
-        A, B = torch.cat([own["A"], own["A_0"]]), torch.cat([own["B"], -own["B_0"]], 1)
+        A, B = self.difference(own)
         return Factors(A, None, B, None, A.new_full((len(A),), self.scale))
 
 
 @dataclasses.dataclass(frozen=True)
-class PissaRasaConfig(rasa_ext.RasaConfig):
+class PissaRasaConfig(Minus, rasa_ext.RasaConfig):
     """RaSA whose private ranks begin as PiSSA's."""
 
     method: ClassVar[str] = "pissa_rasa"
-
-    def layer_tensors(self, spec) -> dict[str, Tensor]:
-        own = super().layer_tensors(spec)
-        return own | {f"{name}_0": torch.zeros_like(own[name].detach()) for name in "AB"}
 
     def begin(self, own, pool, spec, weight) -> None:
         A, B = largest(weight, self.rank - self.k)
@@ -69,7 +72,7 @@ class PissaRasaConfig(rasa_ext.RasaConfig):
         own["B_0"].copy_(B)
 
     def factors(self, own, pool, spec) -> Factors:
-        A, B = torch.cat([own["A"], own["A_0"]]), torch.cat([own["B"], -own["B_0"]], 1)
+        A, B = self.difference(own)
         mine, shared = own["d"].split([len(own["A"]), len(own["d"]) - len(own["A"])])
         d = torch.cat([mine, torch.ones_like(mine), shared])
         return Factors(A, pool.get("A"), B, pool.get("B"), d)
@@ -87,12 +90,9 @@ def config(request) -> methods.AdapterConfig:
 
 
 def under_peft(config: methods.AdapterConfig, base: torch.nn.Module) -> peft.PeftModel:
-    if isinstance(config, PissaConfig):
-        given = {"rasa_alpha": config.alpha}
-    else:
-        given = {"rasa_k": config.k, "rasa_alpha": config.alpha}
-    given |= {"r": config.rank, "rasa_method": config.method, "target_modules": TARGETS}
-    return peft.get_peft_model(base, rasa_ext.peft.RasaConfig(**given))
+    given = {"rasa_k": config.k} if isinstance(config, rasa_ext.RasaConfig) else {}
+    given |= {"r": config.rank, "rasa_method": config.method, "rasa_alpha": config.alpha}
+    return peft.get_peft_model(base, rasa_ext.peft.RasaConfig(**given, target_modules=TARGETS))
 
 
 def train(model: torch.nn.Module, steps: int = 5) -> torch.nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext import RasaConfig
 from tests.helpers import oracle
-from tests.helpers.adapters import RANK, adapted_layers, same_bits
+from tests.helpers.adapters import RANK, adapted_layers
 from tests.helpers.models import BERT, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 
 
@@ -60,16 +60,11 @@ def test_config_equals_arguments():
         "modules_to_save": ["lm_head"],
         "adapter_dtype": torch.float64,
     }
-    models = []
-    for given in (options, {"config": RasaConfig(**options)}):
-        base = LLAMA.build()
-        torch.manual_seed(1)
-        models.append(rasa_ext.patch_model(base, **given))
-    left, right = (model.state_dict() for model in models)
-    assert left.keys() == right.keys()
-    assert all(same_bits(left[key], right[key]) for key in left)
-    flags = [[(n, p.requires_grad) for n, p in model.named_parameters()] for model in models]
-    assert flags[0] == flags[1]
+    both = (options, {"config": RasaConfig(**options)})
+    models = [rasa_ext.patch_model(LLAMA.build(), **given) for given in both]
+    configs = {layer.config for model in models for layer in adapted_layers(model).values()}
+    assert len(configs) == 1
+    assert models[0]._rasa_ext.config == models[1]._rasa_ext.config in configs
 
 
 @pytest.mark.parametrize("start", ["lora", "paper"])
@@ -80,34 +75,23 @@ def test_a_file_tells_its_start_and_has_the_papers_if_it_does_not(start):
     assert RasaConfig.from_dict(written) == RasaConfig(start="paper")
 
 
+PATTERN = r"model\.layers\.[12]\..*\.(q|v)_proj"
 CHOICES = [
-    (LLAMA, {"target_modules": ["q_proj"]}, llama("self_attn.q_proj")),
-    (LLAMA, {"target_modules": ["lm_head"]}, ["lm_head"]),
-    (LLAMA, {"target_modules": ["layers.1.mlp.up_proj"]}, llama("mlp.up_proj", layers=[1])),
-    (
-        LLAMA,
-        {"target_modules": r"model\.layers\.[12]\..*\.(q|up)_proj"},
-        llama("self_attn.q_proj", "mlp.up_proj", layers=[1, 2]),
-    ),
-    (
-        LLAMA,
-        {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
-        llama("self_attn.q_proj"),
-    ),
-    (
-        LLAMA,
-        {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
-        llama("self_attn.q_proj", layers=[1, 2]),
-    ),
-    (BERT, {"target_modules": ["pooler.dense"]}, ["bert.pooler.dense"]),
-    (SEQUENTIAL, {"target_modules": ["2"]}, ["2"]),
-    (SEQUENTIAL, {"exclude_modules": ["2", "4"]}, ["0", "6"]),
+    (LLAMA, ["q_proj"], (), llama("self_attn.q_proj")),
+    (LLAMA, ["lm_head"], (), ["lm_head"]),
+    (LLAMA, ["layers.1.mlp.up_proj"], (), llama("mlp.up_proj", layers=[1])),
+    (LLAMA, PATTERN, (), llama("self_attn.q_proj", "self_attn.v_proj", layers=[1, 2])),
+    (LLAMA, ["q_proj", "o_proj"], ["o_proj"], llama("self_attn.q_proj")),
+    (LLAMA, ["q_proj"], r".*\.0\..*", llama("self_attn.q_proj", layers=[1, 2])),
+    (BERT, ["pooler.dense"], (), ["bert.pooler.dense"]),
+    (SEQUENTIAL, ["2"], (), ["2"]),
+    (SEQUENTIAL, "all-linear", ["2", "4"], ["0", "6"]),
 ]
 
 
-@pytest.mark.parametrize(("entry", "options", "expected"), CHOICES)
-def test_choosing_layers(entry, options, expected):
-    assert adapted(entry, **options) == expected
+@pytest.mark.parametrize(("entry", "targets", "excluded", "expected"), CHOICES)
+def test_choosing_layers(entry, targets, excluded, expected):
+    assert adapted(entry, target_modules=targets, exclude_modules=excluded) == expected
 
 
 def test_suffixes_stop_at_dots():

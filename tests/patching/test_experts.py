@@ -29,8 +29,7 @@ def test_all_linear_takes_every_expert_weight_beside_the_linear_layers(family):
     base = entry.build()
     gates = [name for name, _ in base.named_modules() if name.endswith("shared_expert_gate")]
     options = {"exclude_modules": gates}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         model = rasa_ext.patch_model(entry.build(), 3, 1, experts="shared", **options)
     expected = [
         f"{name}.{weight}"
@@ -150,8 +149,7 @@ def test_weights_that_cannot_be_adapted(change, said):
     change(list(experts.experts_of(model).values())[1])
     where = r"^experts: 'model\.layers\.1\.mlp\.experts\."
     refused(lambda: rasa_ext.patch_model(model, 3, 1, experts="slot"), model, where, said)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         skipped = rasa_ext.summary(rasa_ext.patch_model(model, 3, 1)).skipped
     advised = [name for name, reason in skipped.items() if "the argument experts" in reason]
     assert 2 <= len(advised) < 4  # not for weights that it would refuse

@@ -163,8 +163,7 @@ def test_configs_compare_hash_and_come_back():
 
 
 def told(model: nn.Module, **options) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         rasa_ext.patch_model(model, 2, **options)
     assert {each.filename for each in caught} <= {__file__}
     return [str(each.message) for each in caught if str(each.message).startswith("groups: ")]

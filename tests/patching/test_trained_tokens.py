@@ -154,54 +154,38 @@ class Normed(nn.Embedding):
         return nn.functional.normalize(super().forward(x), dim=-1)
 
 
-BAD = {
-    "text": "3",
-    "number": 3,
-    "bool": [True],
-    "float": [1.0],
-    "negative": [3, -1],
-    "twice": [0, 1, 0],
-    "empty": {"embed": []},
-    "too large": [32],
-    "no such": {"wte": [1]},
-    "differ": {"embed": [1], "readout": [2]},
-}
-TAKEN = {
-    "saved": {"modules_to_save": ["embed"]},
-    "tied one saved": {"modules_to_save": ["readout"]},
-    "adapted": {"target_modules": ["body", "readout"]},
-}
-EMBEDDINGS = {
-    "max_norm": lambda: nn.Embedding(32, 12, max_norm=1.0),
-    "scale_grad_by_freq": lambda: nn.Embedding(32, 12, scale_grad_by_freq=True),
-    "forward": lambda: Normed(32, 12),
-}
+ROWS = "trainable_token_indices"
+GIVEN = ["3", 3, [True], [1.0], [3, -1], [0, 1, 0], {"embed": []}, [32], {"wte": [1]}]
+BAD = [{ROWS: given} for given in (*GIVEN, {"embed": [1], "readout": [2]})]
+BAD += [{ROWS: [1], "modules_to_save": [table]} for table in ("embed", "readout")]
+BAD += [{ROWS: [1], "target_modules": ["body", "readout"]}]
 
 
-def refused_rows(model, given, **options):
-    options["trainable_token_indices"] = given
-    refused(lambda: rasa_ext.patch_model(model, 2, 1, **options), model, "^trainable_token_indices")
+UNFIT = [
+    nn.Embedding(32, 12, max_norm=1.0),
+    nn.Embedding(32, 12, scale_grad_by_freq=True),
+    Normed(32, 12),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_leaves_the_model_as_it_was(case):
-    refused_rows(TIED.build(), BAD[case])
+def refused_rows(model, **options):
+    refused(lambda: rasa_ext.patch_model(model, 2, 1, **options), model, f"^{ROWS}")
 
 
-@pytest.mark.parametrize("case", TAKEN)
-def test_tables_that_are_trained_already(case):
-    refused_rows(TIED.build(), [1], **TAKEN[case])
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_bad_input_and_tables_that_are_trained_already(options):
+    refused_rows(TIED.build(), **options)
 
 
-@pytest.mark.parametrize("kind", EMBEDDINGS)
-def test_embeddings_whose_rows_cannot_be_trained(kind):
+@pytest.mark.parametrize("embedding", UNFIT, ids=str)
+def test_embeddings_whose_rows_cannot_be_trained(embedding):
     model = TIED.build()
-    model.embed = EMBEDDINGS[kind]()
-    refused_rows(model, {"embed": [1]})
+    model.embed = embedding
+    refused_rows(model, **{ROWS: {"embed": [1]}})
 
 
 def test_a_model_that_names_no_embedding():
-    refused_rows(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), [1])
+    refused_rows(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), **{ROWS: [1]})
 
 
 @pytest.fixture(params=[LoraConfig, VeraConfig])

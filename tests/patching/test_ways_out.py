@@ -46,8 +46,7 @@ def test_a_rank_above_the_sides():
     with pytest.warns(UserWarning, match=r"^rank: 6 .*'1', .*\(5, 40\), and of 1 more") as caught:
         rasa_ext.patch_model(model, rank=6, k=1)
     assert __file__ in {each.filename for each in caught}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         rasa_ext.patch_model(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)), rank=40, k=1)
 
 

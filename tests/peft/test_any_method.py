@@ -9,7 +9,7 @@ import torch
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.peft import RasaConfig
-from tests.helpers.adapters import same_bits
+from tests.helpers.adapters import same_tensors
 from tests.helpers.outside import VeraConfig
 from tests.helpers.peft import TOKENS, logits, trained
 from tests.helpers.peft_methods import CASES, KNOWN, TRAINED, adapter_tensors, kinds, under_peft
@@ -69,9 +69,7 @@ def test_files_go_both_ways(case, low_cpu_mem_usage, tmp_path):
         make_model(), tmp_path / "ours", low_cpu_mem_usage=low_cpu_mem_usage
     )
     torch.testing.assert_close(logits(again), expected)
-    mine, theirs = adapter_tensors(model), adapter_tensors(again)
-    assert mine.keys() == theirs.keys()
-    assert all(same_bits(mine[key], theirs[key]) for key in mine)
+    assert same_tensors(adapter_tensors(model), adapter_tensors(again))
     read, config = again.peft_config["default"].core(), ours._rasa_ext.config
     assert {each.partition(":")[0] for each in read.differences(config)} <= {"target_modules"}
     name, fields = KNOWN[case]

@@ -1,7 +1,6 @@
 """Adapter folders of PEFT, rasa_ext and the official code: reading and writing."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -16,13 +15,11 @@ from safetensors.torch import load_file, save_file
 import rasa_ext
 import rasa_ext.peft
 from tests.helpers import oracle
-from tests.helpers.adapters import RANK, patched, same_adapters, same_bits
+from tests.helpers.adapter_folders import read
+from tests.helpers.adapters import RANK, patched, same_adapters, same_bits, same_tensors
 from tests.helpers.models import LLAMA
-from tests.helpers.peft import adapted, layers, logits, named, tiny, trained
+from tests.helpers.peft import TOKENS, WEIGHTS, adapted, layers, logits, named, tiny, trained
 from tests.helpers.tiny_lm import make_model, save_base
-
-TOKENS = torch.arange(24).view(2, 12)
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -49,11 +46,8 @@ def test_peft_writes_what_save_adapter_writes(dtype, tmp_path):
     """Names, shapes and numbers are equal, so each side reads the other's files."""
     rasa_ext.save_adapter(patched(make_model(), adapter_dtype=dtype), tmp_path / "ours")
     tiny(adapter_dtype=dtype).save_pretrained(tmp_path / "peft")
-    ours, theirs = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "peft"))
-    assert ours.keys() == theirs.keys()
-    assert all(same_bits(ours[key], theirs[key]) for key in ours)
-    paths = (tmp_path / side / "adapter_config.json" for side in ("ours", "peft"))
-    configs = [json.loads(path.read_text()) for path in paths]
+    configs, tensors = zip(*(read(tmp_path / side) for side in ("ours", "peft")), strict=True)
+    assert same_tensors(*tensors)
     differing = {"target_modules", "base_model_name_or_path"}  # by order; by None or ""
     common = (configs[0].keys() & configs[1].keys()) - differing
     assert {key: configs[0][key] for key in common} == {key: configs[1][key] for key in common}
@@ -130,27 +124,6 @@ def test_auto_peft_model(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_classifiers_head_is_trained_and_saved(tmp_path):
-    """load_adapter accepts PEFT's list of usual head names, of which a model has only one."""
-    from transformers import LlamaForSequenceClassification
-
-    def build():
-        torch.manual_seed(0)
-        config = make_model().config
-        config.num_labels = 3
-        return LlamaForSequenceClassification(config)
-
-    model = adapted(build(), task_type="SEQ_CLS").eval()
-    assert isinstance(model, PeftModelForSequenceClassification)
-    with torch.no_grad():
-        model.base_model.model.score.weight.add_(1)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build(), tmp_path).eval()
-    assert torch.equal(logits(again), logits(model))
-    ours = rasa_ext.load_adapter(build(), tmp_path).eval()
-    assert torch.equal(logits(ours), logits(model))
-
-
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -182,6 +155,38 @@ def test_a_published_checkpoint(k, targets, pickled, tmp_path, recwarn):
     assert torch.equal(logits(ours, inputs), logits(source, inputs))
 
 
+def test_peft_s_card_says_what_a_reader_needs(tmp_path):
+    model = tiny()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import rasa_ext.peft") == 1
+    assert card.startswith("---\n")
+    assert card.index("import rasa_ext.peft") < card.index("# Model Card")
+    assert card.index("library_name: peft") < card.index("import rasa_ext.peft")
+
+
+def test_a_classifiers_head_is_trained_and_saved(tmp_path):
+    """load_adapter accepts PEFT's list of usual head names, of which a model has only one."""
+    from transformers import LlamaForSequenceClassification
+
+    def build():
+        torch.manual_seed(0)
+        config = make_model().config
+        config.num_labels = 3
+        return LlamaForSequenceClassification(config)
+
+    model = adapted(build(), task_type="SEQ_CLS").eval()
+    assert isinstance(model, PeftModelForSequenceClassification)
+    with torch.no_grad():
+        model.base_model.model.score.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    ours = rasa_ext.load_adapter(build(), tmp_path).eval()
+    assert torch.equal(logits(ours), logits(model))
+
+
 def test_generate():
     model = tiny().eval()
     prompt = TOKENS[:, :4]
@@ -197,14 +202,3 @@ def test_generate():
     merged = model.merge_and_unload()
     assert torch.equal(merged.generate(input_ids=prompt, **options), tokens)
     assert not torch.equal(base, tokens)
-
-
-def test_peft_s_card_says_what_a_reader_needs(tmp_path):
-    model = tiny()
-    for _ in range(2):
-        model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("import rasa_ext.peft") == 1
-    assert card.startswith("---\n")
-    assert card.index("import rasa_ext.peft") < card.index("# Model Card")
-    assert card.index("library_name: peft") < card.index("import rasa_ext.peft")

@@ -9,7 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 import rasa_ext
-from rasa_ext.peft import RasaConfig, RasaPeftLinear
+from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import pool_members
+from tests.helpers.peft import layers, plain
 from tests.helpers.unet import ENDS, Unet, by_end
 
 FORMS = {"sequence": ENDS, "mapping": {"all": [*ENDS]}, "callable": by_end}
@@ -21,14 +23,10 @@ def adapted(form: str, base: Unet | None = None) -> PeftModel:
     return get_peft_model(base or Unet(), config)
 
 
-def pools(model: torch.nn.Module) -> set[frozenset[str]]:
+def pools(model: PeftModel) -> set[frozenset[str]]:
     found: dict[int, set[str]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, RasaPeftLinear):
-            owner = id(layer.pool_owners["default"])
-            found.setdefault(owner, set()).add(name.removeprefix("base_model.model."))
-        elif isinstance(layer, rasa_ext.RasaLinear):
-            found.setdefault(id(layer.pool), set()).add(name)
+    for name, layer in layers(plain(model)).items():
+        found.setdefault(id(layer.pool_owners["default"]), set()).add(name)
     return set(map(frozenset, found.values()))
 
 
@@ -36,19 +34,19 @@ def pools(model: torch.nn.Module) -> set[frozenset[str]]:
 def test_files_go_both_ways(form, tmp_path):
     base = Unet().double()  # because the models round differently
     model, x = adapted(form, copy.deepcopy(base)).double(), torch.randn(2, 5, 8).double()
-    assert pools(model) == pools(rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form]))
+    assert pools(model) == pool_members(rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form]))
     model.save_pretrained(tmp_path / "peft")
     saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rasa_groups"]
     assert all(isinstance(names, list) for names in saved.values())
     core = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path / "peft")
     rasa_ext.save_adapter(core, tmp_path / "core")
-    found = [core]
+    assert pool_members(core) == pools(model)
+    found = []
     for folder in ("peft", "core"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # no warning about a choice made before
+        with warnings.catch_warnings(action="error"):  # no warning about a choice made before
             found.append(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder))
-    for again in found:
-        assert pools(again) == pools(model)
+    assert all(pools(again) == pools(model) for again in found)
+    for again in (core, *found):
         torch.testing.assert_close(again.double()(x), model(x))
 
 
@@ -61,8 +59,7 @@ def test_two_adapters_of_other_groups():
 
 
 def test_the_warning_names_the_users_line():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         adapted("sequence")
     ways = [
         lambda: get_peft_model(Unet(), RasaConfig(r=2)),

@@ -14,8 +14,8 @@ from peft import (
 
 from rasa_ext.peft import RasaConfig
 from tests.helpers import models, oracle
-from tests.helpers.adapters import RANK, check_step, same_bits, through_file
-from tests.helpers.models import ATTENTION, BERT, ENCODER, EVERY, GPT2, LLAMA, SEQUENTIAL, TIED
+from tests.helpers.adapters import RANK, check_step, same_tensors, through_file
+from tests.helpers.models import ATTENTION, BERT, EVERY, GPT2, LLAMA, SEQUENTIAL, TIED
 from tests.helpers.peft import TOKENS, adapted, layers, plain, tiny, trained
 from tests.helpers.peft_sides import sides
 from tests.helpers.refusals import refused
@@ -115,19 +115,6 @@ def test_dropout_is_on_the_adapters_input_in_training_only():
         assert torch.equal(model(TOKENS).logits, make_model()(TOKENS).logits)
 
 
-def test_torchs_fused_encoder_does_not_pass_the_adapter_by():
-    """In eval mode without grad, torch's encoder reads weights without calling the layers."""
-    base = ENCODER.build().eval()
-    x = ENCODER.inputs(0)["x"]
-    model = adapted(base).eval()
-    with torch.no_grad():
-        y = model(x)
-    torch.testing.assert_close(y, model(x).detach())
-    assert (y - base(x)).abs().max() > 1e-2
-    back = model.unload()
-    assert back.layers[0].activation_relu_or_gelu == base.layers[0].activation_relu_or_gelu
-
-
 @sides("mixtral")
 def test_copies_and_pickles_hold_their_own_adapters(side):
     model = side.one().eval()
@@ -158,6 +145,4 @@ def test_inject_adapter_in_model(side, by_names):
     assert not set_peft_model_state_dict(model, given if by_names else state).unexpected_keys
     assert torch.equal(model(side.tokens).logits, source(side.tokens).logits)
     assert {f"base_model.model.{key}" for key in trained(model)} == set(trained(source))
-    again = get_peft_model_state_dict(model)
-    assert again.keys() == given.keys()
-    assert all(same_bits(value, given[key]) for key, value in again.items())
+    assert same_tensors(get_peft_model_state_dict(model), given)

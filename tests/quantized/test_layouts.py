@@ -23,6 +23,7 @@ from rasa_ext.base_layers import layouts
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts, oracle
+from tests.helpers.adapter_folders import same_exports
 from tests.helpers.adapters import (
     RANK,
     Errors,
@@ -42,7 +43,7 @@ from tests.helpers.layouts import (
     TorchLinear,
     compressed,
     dense,
-    excesses_over_experts,
+    excesses_over_packed,
     fp8_experts,
     from_folder,
     gptq,
@@ -51,7 +52,7 @@ from tests.helpers.layouts import (
     packed_model,
     shuffled,
 )
-from tests.helpers.memory import LiveBytes
+from tests.helpers.memory import LiveBytes, saved_storages
 from tests.helpers.peft import plain
 from tests.helpers.quantized import TOKENS, bits4, logits, off
 
@@ -180,8 +181,7 @@ def test_folders_that_transformers_loads(form, tmp_path):
 
 def test_what_a_step_holds(monkeypatch):
     """A step holds at most one tile of W at a time and saves nothing of W for the backward."""
-    shapes, kept = [], []
-    read = layouts.Layout.dequantized
+    shapes, read = [], layouts.Layout.dequantized
 
     def watched(self, base, start, stop, dtype):
         shapes.append(stop - start)
@@ -189,10 +189,7 @@ def test_what_a_step_holds(monkeypatch):
 
     monkeypatch.setattr(layouts.Layout, "dequantized", watched)
     model = patched(packed_model("packed int4")).train()
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.untyped_storage()) or t, lambda t: t
-    )
-    with hooks:
+    with saved_storages() as saved:
         model(input_ids=TOKENS).logits.sum().backward()
     assert max(shapes) == 128
     # 4 of the 14 layers need two tiles; the first three have inputs without gradient.
@@ -200,7 +197,8 @@ def test_what_a_step_holds(monkeypatch):
     weights = {
         t.untyped_storage().data_ptr() for _, _, m in packed_layers(model) for t in m.parameters()
     }
-    assert not weights & {storage.data_ptr() for storage in kept}
+    assert saved
+    assert not weights & saved.keys()
 
 
 @pytest.mark.parametrize("form", ["packed int4 zero", "gptq", "awq", "FP8Linear block"])
@@ -277,12 +275,7 @@ def test_copies_and_files(form, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
     over_dense = rasa_ext.load_adapter(dense(base, torch.float32), tmp_path / "adapter")
-    files = []
-    for name, each in (("packed", model), ("dense", over_dense)):
-        rasa_ext.export_lora(each, tmp_path / name)
-        files.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    assert same_exports(tmp_path, model, over_dense)
 
 
 def renamed(layer: nn.Module, name: str, **attributes: str) -> nn.Module:
@@ -390,7 +383,7 @@ def test_fp8_experts(family, grouping, figure):
             scale = scale.double().repeat_interleave(8, -2).repeat_interleave(8, -1)
             weight.copy_(stored.double() * scale)
     unpacked = copy.deepcopy(wide).float()
-    bad, ratio = excesses_over_experts(wide, unpacked, packed, grouping, TOKENS % 32)
+    bad, ratio = excesses_over_packed(wide, unpacked, packed, grouping, TOKENS % 32)
     figure(f"{family} in FP8, experts {grouping}: error {ratio:.2f} times a dense base's")
     assert not bad
     if grouping is not None:

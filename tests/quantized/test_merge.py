@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -35,8 +36,7 @@ WARNING = re.compile(
 
 def merged(call, model, *args) -> re.Match:
     """Run a merge and return the match of its one warning."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         call(model, *args)
     said = [str(w.message) for w in caught if "merging into" in str(w.message)]
     assert len(said) == 1, said
@@ -128,8 +128,7 @@ def test_disabling_within_a_merge(form):
     with torch.no_grad(), rasa_ext.disable_adapter(base):
         alone = base(x)
     merged(rasa_ext.merge, model, torch.float32)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with torch.no_grad(), warnings.catch_warnings(action="error"):
         there = model(x)
         with rasa_ext.disable_adapter(model):
             assert torch.equal(model(x), alone)
@@ -183,15 +182,11 @@ def test_a_weight_that_cannot_be_read_merges_nothing(monkeypatch):
     assert not any(layer.merged for layer in model)
 
 
-@pytest.mark.parametrize("wrong", [torch.int8, "bfloat16"])
-def test_dtypes_that_are_none(wrong):
+def test_dtypes_that_are_none_or_for_nothing():
     model = patched(quantized(linears(), "nf4"))
-    refused(lambda: rasa_ext.merge(model, wrong), model, "^dtype: ")
-
-
-def test_a_dtype_for_nothing():
-    model = patched(linears())
-    refused(lambda: rasa_ext.merge_and_unload(model, torch.float32), model, "^dtype: ")
+    for each, wrong in ((model, torch.int8), (model, "bfloat16"), (patched(linears()), DTYPES[0])):
+        for call in (rasa_ext.merge, rasa_ext.merge_and_unload):
+            refused(partial(call, each, wrong), each, "^dtype: ")
 
 
 def trained_aware(model: nn.Module) -> nn.Module:

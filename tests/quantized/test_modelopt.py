@@ -14,7 +14,8 @@ import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.commands.models import load_model
 from rasa_ext.commands.paths import ModelError
-from tests.helpers.adapters import Errors, adapted_layers, adapters, excesses, gradients, patched
+from tests.helpers.adapters import adapted_layers
+from tests.helpers.layouts import excesses_over_packed
 from tests.helpers.quantized import off
 
 DATA = Path(__file__).parent / "data"
@@ -47,26 +48,15 @@ def dense(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype).requires_grad_(False)
 
 
-def step(model: nn.Module) -> dict[str, Tensor]:
-    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
-    logits = model.train()(inputs_embeds=inputs).logits
-    logits.double().square().sum().backward()
-    return {"logits": logits.detach(), "input": inputs.grad, **gradients(adapters(model))}
-
-
 @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
 def test_a_step(form, figure):
     """Logits and gradients match those over the stored numbers in float64."""
     folder = DATA / f"modelopt_{form}"
-    wanted = step(patched(dense(folder, torch.float64)))
-    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
-    theirs.add(step(patched(dense(folder, torch.float32))), wanted)
-    model = load_model(str(folder), "float32")
-    assert off(model(input_ids=TOKENS).logits, dense(folder, torch.float64)(TOKENS).logits) < 1e-6
-    model = patched(model)
+    model, wide = load_model(str(folder), "float32"), dense(folder, torch.float64)
+    assert off(model(input_ids=TOKENS).logits, wide(TOKENS).logits) < 1e-6
+    plain = dense(folder, torch.float32)
+    bad, ratio = excesses_over_packed(wide, plain, model, None, TOKENS)
     assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
-    ours.add(step(model), wanted)
-    bad, ratio = excesses(ours, theirs, 1e-6)
     figure(f"modelopt {form}: error {ratio:.2f} times a dense base's")
     assert not bad
     before = model.eval()(input_ids=TOKENS).logits

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts
-from tests.helpers.layouts import excesses_over_experts
+from tests.helpers.adapter_folders import same_exports
+from tests.helpers.layouts import excesses_over_packed
 from tests.helpers.peft import trained
 from tests.helpers.quantized import TOKENS
 from tests.helpers.trainers import train_by_sft
@@ -40,7 +40,7 @@ def test_gradients(folder, grouping, dtype, figure):
     wide = gpt_oss.dense(folder, dtype)
     packed = gpt_oss.packed(folder, dtype=dtype)
     double = copy.deepcopy(wide).double()
-    bad, ratio = excesses_over_experts(double, wide, packed, grouping, TOKENS)
+    bad, ratio = excesses_over_packed(double, wide, packed, grouping, TOKENS)
     figure(f"gpt-oss in MXFP4, {dtype}, experts {grouping}: error {ratio:.2f} times a dense base's")
     assert not bad
 
@@ -71,19 +71,11 @@ def test_files_and_unpatching(packed, folder, tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "adapter")
     loaded = rasa_ext.load_adapter(wide, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
-    deltas = dict(rasa_ext.delta_weights(loaded))
+    deltas, expected = (dict(rasa_ext.delta_weights(each)) for each in (model, loaded))
     assert any("experts" in name for name in deltas)
-    for name, delta in rasa_ext.delta_weights(model):
-        torch.testing.assert_close(delta, deltas.pop(name))
-    assert not deltas
+    torch.testing.assert_close(deltas, expected)
     for layout in ("peft", "per-expert"):
-        files = []
-        for each, base in (("packed", model), ("dense", loaded)):
-            path = tmp_path / layout / each
-            rasa_ext.export_lora(base, path, expert_layout=layout)
-            files.append(load_file(path / "adapter_model.safetensors"))
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+        assert same_exports(tmp_path / layout, model, loaded, expert_layout=layout)
     rasa_ext.unpatch(model)
     assert all(vars(module).keys() == own[name].keys() for name, module in model.named_modules())
     assert "forward" not in vars(model.model.layers[0].mlp.experts)

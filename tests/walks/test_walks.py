@@ -5,7 +5,6 @@ parameters of that moment. ``pytest tests/walks --walks 2000`` walks further.
 """
 
 import copy
-import io
 import tempfile
 from collections.abc import Sequence
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 import rasa_ext
 from rasa_ext import ops
 from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import through_file
 from tests.walks.formula import BLOCKS, LINEARS, Copies, Net, Part, formula, network
 
 EXACT = 3e-5
@@ -286,13 +286,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(way=st.sampled_from(["copied", "pickled"]))
     def copied(self, way):
-        if way == "copied":
-            self.changed(copy.deepcopy(self.model))
-        else:
-            stream = io.BytesIO()
-            torch.save(self.model, stream)
-            stream.seek(0)
-            self.changed(torch.load(stream, weights_only=False))
+        self.changed((copy.deepcopy if way == "copied" else through_file)(self.model))
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
         """Return the adapters' parameters, trained or frozen."""
