@@ -271,7 +271,7 @@ def compared_runs(task: str, steps: str, method: str) -> list[dict[str, float]]:
     wanted = {"task": task, "steps": steps, "method": method}.items()
     return [
         {
-            **{name: float(row[name]) for name in ("lr", "seed", "test_loss")},
+            **{name: float(row[name]) for name in ("lr", "seed", "dev_loss", "test_loss")},
             "forgot": float(row["other_text_loss"]) - before[task],
         }
         for row in rows
@@ -285,7 +285,7 @@ def best_seeds(task: str, steps: str, method: str) -> list[dict[str, float]]:
     rates = {run["lr"] for run in runs}
     found = [sorted((r for r in runs if r["lr"] == lr), key=lambda r: r["seed"]) for lr in rates]
     whole = [runs for runs in found if len(runs) == 3]
-    return min(whole, key=lambda runs: sum(run["test_loss"] for run in runs))
+    return min(whole, key=lambda runs: sum(run["dev_loss"] for run in runs))
 
 
 PICTURES = {
