@@ -22,7 +22,7 @@ from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import drop_packs
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.ops import cuda_status
-from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
+from rasa_ext.patching.config_warnings import plan_warnings
 from rasa_ext.patching.merge import (
     delta_weights,
     disable_adapter,
@@ -143,9 +143,7 @@ def patch_model(
         )
     check_unpatched(model)
     plan = make_plan(model, config)
-    apply_plan(model, config, plan)
-    let_it_save(model)
-    messages = [*config_warnings(config, plan.groups), *unused_exclusions(config, plan)]
-    for message in (*messages, *untouched(model, config, plan)):
+    let_it_save(model, apply_plan(model, plan))
+    for message in plan_warnings(model, plan):
         warnings.warn(message, stacklevel=3)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -155,7 +156,8 @@ def replace_tensors(
         for tensor in own.values()
     ):
         _check_unwrapped(model)
-    patch_state(model).config = config
+    state = patch_state(model)
+    state.plan = dataclasses.replace(state.plan, config=config)
     for _, layer in owners(model):
         layer.config = config
     for owner, own in tensors.items():

@@ -64,6 +64,12 @@ def stored_weight(layer: Any) -> Tensor:
     return weight
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Return whether a weight is an ordinary tensor of floats, not a quantized or sharded one."""
+    usual = type(weight) in (nn.Parameter, Tensor)
+    return usual and weight.is_floating_point() and weight.itemsize > 1
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer computes: autocast's, or the dtype of x."""
     device = x.device.type

@@ -26,6 +26,7 @@ from rasa_ext.base_layers.linear import (
     device_of,
     is_conv1d,
     is_linear,
+    is_plain,
     linear_shape,
     read_directly,
     stored_weight,
@@ -122,9 +123,7 @@ class StackedBase:
             raise ValueError(
                 f"{name!r} is sharded over processes, expected a whole weight; patch, then shard it"
             )
-        usual = type(weight) in (nn.Parameter, Tensor)
-        numbers = usual and weight.is_floating_point() and weight.itemsize > 1
-        if not numbers and packed_experts(self.module, self.key) is None:
+        if not is_plain(weight) and packed_experts(self.module, self.key) is None:
             raise TypeError(
                 f"{name!r} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
                 "weights; load the model dequantized"
@@ -164,6 +163,52 @@ class Survey:
     linears: Mapping[str, LinearBase]
     stacks: Mapping[str, StackedBase]
     """Stacked expert weights."""
+
+    @functools.cached_property
+    def tables(self) -> dict[str, nn.Embedding | nn.Linear]:
+        """Embeddings and linear layers by name in the plain model, aliases included."""
+        return {
+            # PEFT's wrappers hold the module one level below its name; ours replace it there.
+            name.removesuffix(".base_layer").removesuffix(".token_adapter"): module
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Embedding | nn.Linear)
+        }
+
+    @functools.cached_property
+    def input_embedding(self) -> Any:
+        """The module that the model returns as input embedding, or None."""
+        module = _call_or_none(self.model, "get_input_embeddings")
+        return getattr(module, "base_layer", getattr(module, "original_module", module))
+
+    @functools.cached_property
+    def output_embedding(self) -> Any:
+        """The module that the model returns as output embedding, or None."""
+        module = _call_or_none(self.model, "get_output_embeddings")
+        return getattr(module, "base_layer", module)
+
+    @property
+    def dense_head(self) -> str | None:
+        """Name of the output embedding, if it is a linear layer that is not quantized."""
+        head = self.output_embedding
+        names = (name for name, base in self.linears.items() if base.module is head)
+        return next((name for name in names if format_of(head) is None), None)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of embeddings that a re-entrant checkpoint needs to require grad.
+
+        It gives its parameters no gradient if none of its inputs requires grad. transformers models
+        that take token ids handle this when checkpointing is switched on.
+        """
+        if getattr(self.model, "main_input_name", None) == "input_ids":
+            return ()
+        asked = hasattr(self.model, "get_input_embeddings")
+        modules = self.modules.items()
+        return tuple(
+            name
+            for name, m in modules
+            if (m is self.input_embedding if asked else isinstance(m, nn.Embedding))
+        )
 
     @functools.cached_property
     def refused(self) -> dict[str, str]:
@@ -261,8 +306,7 @@ def _heads(layers: Survey) -> dict[str, str]:
     model, linears = layers.model, layers.linears
     embeddings = [m for m in layers.modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(embedding.weight) for embedding in embeddings}
-    output = call_or_none(model, "get_output_embeddings")
-    answer = call_or_none(model, "get_classifier")  # timm's; a distilled model has two
+    answer = _call_or_none(model, "get_classifier")  # timm's; a distilled model has two
     answers = answer if isinstance(answer, tuple | list) else (answer,)
     parts = (answer for answer in answers if isinstance(answer, nn.Module))
     classifier: set[nn.Module] = {module for part in parts for module in part.modules()}
@@ -273,7 +317,7 @@ def _heads(layers: Survey) -> dict[str, str]:
             heads[name] = "an output head"
         elif id(stored_weight(module)) in tied:
             heads[name] = "tied to an embedding"
-        elif module is output:
+        elif module is layers.output_embedding:
             heads[name] = "the model's output embedding"
         elif module in classifier:
             heads[name] = "the model's classifier"
@@ -293,7 +337,7 @@ def _heads(layers: Survey) -> dict[str, str]:
     return heads
 
 
-def call_or_none(model: nn.Module, method: str) -> Any:
+def _call_or_none(model: nn.Module, method: str) -> Any:
     """Return the result of a model's method, or None if it does not exist or takes arguments."""
     try:
         return getattr(model, method)()

@@ -18,14 +18,9 @@ from rasa_ext._version import __version__
 from rasa_ext.base_layers.linear import is_conv1d
 from rasa_ext.base_layers.sharded import gathered, reshard, whole
 from rasa_ext.checkpoint.card import PLAIN, Card, adapter_card, write_card
-from rasa_ext.checkpoint.files import (
-    PREFIX,
-    write_files,
-)
-from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.checkpoint.files import PREFIX, write_files
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.rasa import AdapterOwner
-from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.state import (
     check_merge_is_current,
     inner_name,
@@ -116,13 +111,12 @@ def save_adapter(
     with gathered(model, live.values()) as writes:
         tensors = {key: whole(tensor.detach()) for key, tensor in live.items()}
         if writes:
-            write_tensors(root, directory, state.config, state.plan, tensors, card)
+            write_tensors(root, directory, state.plan, tensors, card)
 
 
 def write_tensors(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    config: AdapterConfig,
     plan: Plan,
     tensors: Mapping[str, Tensor],
     card: Card | None = None,
@@ -131,7 +125,7 @@ def write_tensors(
     linears = (name for group in plan.groups if not group.experts for name in group.names[:1])
     bases = (getattr(m, "base_layer", m) for m in map(model.get_submodule, linears))
     settings = {
-        **resolve_groups(config, plan.groups).to_dict(),
+        **plan.config.to_dict(),
         "modules_to_save": list(plan.modules_to_save) or None,
         "base_model_name_or_path": base_name(model),
         "task_type": task_type(model),
@@ -139,7 +133,7 @@ def write_tensors(
         "inference_mode": True,
         "rasa_ext_version": __version__,
     }
-    text = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
+    text = None if card is None else adapter_card(model, settings, plan, tensors, card)
     with new_folder(Path(directory)) as folder:
         write_files(folder, settings, tensors)
         write_card(folder, text, directory)

@@ -156,7 +156,6 @@ def hub_id(name_or_path: str) -> str | None:
 def adapter_card(
     model: nn.Module,
     settings: Mapping[str, Any],
-    config: AdapterConfig,
     plan: Plan,
     tensors: Mapping[str, Tensor],
     card: Card,
@@ -173,11 +172,11 @@ def adapter_card(
             f"rasa-ext merge . --output merged{named}\n```"
         )
     return compose(
-        head_fields(base, task, card, "rasa_ext", [config.method, "lora"]),
-        title(f"{config.title} adapter", base),
+        head_fields(base, task, card, "rasa_ext", [plan.config.method, "lora"]),
+        title(f"{plan.config.title} adapter", base),
         f"Written by rasa_ext {__version__}. {CARD_LINE}",
         {
-            **about(base, config),
+            **about(base, plan.config),
             "adapted": f"{sum(len(group.names) for group in plan.groups)} layers",
             **_trained(plan),
             "numbers in the file": f"{sum(t.numel() for t in tensors.values()):,}",
@@ -186,7 +185,7 @@ def adapter_card(
             "Load": _load(model, base, task, "import rasa_ext", "rasa_ext.load_adapter"),
             "Serve": serve,
             **card.sections,
-            "Layers": _layers(config, plan),
+            "Layers": _layers(plan),
         },
     )
 
@@ -298,12 +297,12 @@ def _load(
     return f"{base.folder_note()}{_HERE}```python\n{code}\n```"
 
 
-def _layers(config: AdapterConfig, plan: Plan) -> str:
+def _layers(plan: Plan) -> str:
     """Return a table of the layer groups, with shapes and effective ranks."""
     lines = ["| layers | how many | out x in | rank of the change |", "| --- | --- | --- | --- |"]
     for group in plan.groups[:_ROWS]:
-        ranks_of_layers = {adapter.factors().rank for adapter in group.planned(config).values()}
-        ranks = " to ".join(map(str, sorted({min(ranks_of_layers), max(ranks_of_layers)})))
+        ranks_of = [adapter.factors().rank for adapter in group.planned(plan.config).values()]
+        ranks = " to ".join(map(str, sorted({min(ranks_of), max(ranks_of)})))
         shape = shape_text(group.shape, group.experts)
         lines.append(f"| `{group.pattern}` | {len(group.names)} | {shape} | {ranks} |")
     if (more := len(plan.groups) - _ROWS) > 0:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,14 @@ class AdapterState:
         >>> model = state.install(model)
     """
 
-    config: RasaConfig
     plan: Plan
     tensors: dict[str, Tensor]
     """Tensors by key in an adapter file."""
+
+    @property
+    def config(self) -> RasaConfig:
+        """The adapter's config."""
+        return cast(RasaConfig, self.plan.config)
 
     def save(
         self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
@@ -72,7 +76,7 @@ class AdapterState:
 
         ``card`` is as in ``save_adapter``.
         """
-        write_tensors(model, directory, self.config, self.plan, self.tensors, card)
+        write_tensors(model, directory, self.plan, self.tensors, card)
 
     def install(self, model: nn.Module) -> nn.Module:
         """Patch a model with the adapter, in place, and return it."""
@@ -162,7 +166,7 @@ def load_tensors_into(
         plan = state.plan
     else:
         check_unpatched(model)
-        plan = make_plan(model, as_saved(config), found=found)
+        plan = make_plan(model, as_saved(config), found)
     check_in_memory(dict(_tensors_to_fill(root, plan)))
     planned = [group.planned(config) for group in plan.groups]
     expected = _expected(root, planned, plan)
@@ -176,8 +180,7 @@ def load_tensors_into(
     _check_indices(planned, tensors, where)
     _check_ties(root, plan, tensors, where)
     if not patched:
-        apply_plan(model, config, plan, new=False)
-        let_it_save(model)
+        let_it_save(model, apply_plan(model, plan, new=False))
     for parameter in by_hand.values():
         parameter.requires_grad_(True)
     live = {**adapter_tensors(model), **by_hand}

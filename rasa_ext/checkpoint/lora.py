@@ -241,14 +241,14 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
         modules_to_save=_saved_modules(model, lora, where),
         trainable_token_indices=lora.config.get("trainable_token_indices"),
     )
-    config, plan = plan_layers(model, config, lora.shapes, where)
+    plan = plan_layers(model, config, lora.shapes, where)
     tensors = _padded_factors(lora, plan)
     expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
     expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
     others = {**lora.saved, **lora.rows}
     check_tensors(others, expected, where)
     tensors.update((f"{PREFIX}{name}", others[name]) for name in expected)
-    return AdapterState(config, plan, tensors)
+    return AdapterState(plan, tensors)
 
 
 def _padded_factors(lora: Lora, plan: Plan) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from rasa_ext.checkpoint.card import PLAIN
 from rasa_ext.checkpoint.files import check_tensors
 from rasa_ext.patching.state import (
     POOLS,
+    PatchState,
     adapted_experts,
     adapted_layers,
     check_merge_is_current,
@@ -60,13 +61,12 @@ class SavePretrained:
         self._model = weakref.ref(state["model"])
 
 
-def let_it_save(model: nn.Module) -> None:
+def let_it_save(model: nn.Module, state: PatchState) -> None:
     """Replace ``save_pretrained`` of a patched model, if it has one, until it is unpatched."""
-    hooks = patch_state(model).hooks
-    hooks.append(model.register_state_dict_pre_hook(_refuse_part))
+    state.hooks.append(model.register_state_dict_pre_hook(_refuse_part))
     if hasattr(model, "save_pretrained"):
         replaced = model.__dict__["save_pretrained"] = SavePretrained(model)
-        hooks += [replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
+        state.hooks += [replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
 
 
 def _refuse_part(model: nn.Module, prefix: str, _keep_vars: bool) -> None:
@@ -156,10 +156,10 @@ def save_pretrained(
         trained = {name: state_dict.get(name, tensor) for name, tensor in trained.items()}
     folder = Path(save_directory)
     if not _is_checkpoint(folder):
-        write_tensors(root, folder, state.config, state.plan, tensors, PLAIN)
+        write_tensors(root, folder, state.plan, tensors, PLAIN)
         return
     with new_folder(folder) as unfinished:
-        write_tensors(root, unfinished, state.config, state.plan, tensors)
+        write_tensors(root, unfinished, state.plan, tensors)
         ready = {name: tensor.contiguous() for name, tensor in trained.items()}
         save_file(ready, unfinished / "model.safetensors", metadata={"format": "pt"})
 

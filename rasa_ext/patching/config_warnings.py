@@ -17,10 +17,17 @@ _MUCH = 0.1
 """Smallest part of a model's parameters, left untouched, that is worth a warning."""
 
 
+def plan_warnings(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """Yield one sentence per doubtful setting of a patched model: the problem, and what to do."""
+    yield from _unused_exclusions(plan)
+    yield from _untouched(model, plan)
+    yield from config_warnings(plan.config, plan.groups)
+
+
 def config_warnings(
     config: AdapterConfig, groups: Sequence[Group], rank: str = "rank", prefix: str = ""
 ) -> Iterator[str]:
-    """Yield one sentence per doubtful setting: the problem, and what to do.
+    """Yield one sentence per doubtful setting of the config and the groups.
 
     Args:
         config: the config.
@@ -29,8 +36,8 @@ def config_warnings(
         prefix: put before the names ``k`` and ``groups``.
     """
     if isinstance(config, RasaConfig):
-        yield from _little_shared(config, groups, prefix)
         yield from _rank_above_sides(config, groups, rank)
+        yield from _little_shared(config, groups, prefix)
 
 
 def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> Iterator[str]:
@@ -79,9 +86,9 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str
         )
 
 
-def unused_exclusions(config: AdapterConfig, plan: Plan) -> Iterator[str]:
+def _unused_exclusions(plan: Plan) -> Iterator[str]:
     """Yield a warning for each name in ``exclude_modules`` that leaves out no layer."""
-    given = config.exclude_modules
+    given = plan.config.exclude_modules
     excluded = [name for name, why in plan.skipped.items() if why == EXCLUDED]
     for item in (given,) if isinstance(given, str) else given:
         wanted = item if isinstance(given, str) else (item,)
@@ -89,7 +96,7 @@ def unused_exclusions(config: AdapterConfig, plan: Plan) -> Iterator[str]:
             yield f"exclude_modules: {item!r} leaves out no layer that target_modules names."
 
 
-def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[str]:
+def _untouched(model: nn.Module, plan: Plan) -> Iterator[str]:
     """Yield a warning if untouched experts, which nobody excluded, are much of the model."""
     sizes = {name: math.prod(shape) for name, shape in plan.untouched.items()}
     share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
@@ -97,7 +104,7 @@ def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[s
         return
     largest = sorted(sizes, key=lambda name: -sizes[name])
     shown = ", ".join(f"{name} {plan.untouched[name]}" for name in largest[:3])
-    ways = "'own'" if isinstance(config, LoraConfig) else "'shared', 'slot' or 'layer'"
+    ways = "'own'" if isinstance(plan.config, LoraConfig) else "'shared', 'slot' or 'layer'"
     how = f" To adapt them, pass experts={ways}." if plan.adaptable else ""
     yield (
         f"{len(sizes)} weights of experts, {100 * share:.0f} % of the model's parameters, stay "

@@ -20,13 +20,12 @@ from rasa_ext.nn.packs import Decoding, PackSet
 from rasa_ext.nn.rasa import ContainerPool, RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.state import POOLS, STATE, PatchState, patch_state, pools, unwrap
 from rasa_ext.patching.swap import (
-    enable_input_require_grads,
     link_layers,
     prepare_model,
     replace_modules,
+    require_grad,
     undo,
 )
 from rasa_ext.patching.targets import Plan, make_plan, suffixes
@@ -67,7 +66,7 @@ def check_unpatched(model: nn.Module) -> None:
 
 def plan_layers(
     model: nn.Module, config: RasaConfig, shapes: Mapping[str, tuple[int, int]], where: str
-) -> tuple[RasaConfig, Plan]:
+) -> Plan:
     """Plan an adapter for exactly these layers.
 
     Args:
@@ -77,14 +76,14 @@ def plan_layers(
         where: start of errors about ``shapes``.
 
     Returns:
-        The config with the new targets, and the plan.
+        The plan, with the new targets in ``config``.
 
     Raises:
         ValueError: the model is patched, or a name is no linear layer of the given shape.
 
     Example:
         >>> shapes = {"model.layers.0.mlp.down_proj": (32, 48)}
-        >>> config, plan = rasa_ext.patching.plan_layers(
+        >>> plan = rasa_ext.patching.plan_layers(
         ...     model, rasa_ext.RasaConfig(rank=8, k=1), shapes, "shapes"
         ... )
         >>> [group.names for group in plan.groups]
@@ -103,19 +102,18 @@ def plan_layers(
             )
     exact = "|".join(re.escape(name) for name in shapes)
     for targets in (tuple(suffixes(list(shapes), model)), exact):
-        chosen = dataclasses.replace(config, target_modules=targets)
-        plan = make_plan(model, chosen)
+        plan = make_plan(model, dataclasses.replace(config, target_modules=targets))
         if {name for group in plan.groups for name in group.names} == set(shapes):
             break
-    return chosen, plan
+    return plan
 
 
-def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan, new: bool = True) -> None:
-    """Apply a plan that ``make_plan`` made for this model and config.
+def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
+    """Apply a plan that ``make_plan`` made for this model; return the state of the patched model.
 
     A ``new`` adapter is not about to be loaded from a file.
     """
-    config = resolve_groups(config, plan.groups)
+    config = plan.config
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
@@ -136,16 +134,16 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan, new: bool = 
             else:
                 kind = RasaLinear if base.split is None else SplitRasaLinear
                 owner = wrapped[base.module] = kind(base.module, config, spec, pool, packs)
+                owner.is_dense_head = spec.name == plan.dense_head
             if new:
                 begin_with_weight(config, owner.adapter(), base)
     experts = {module: RasaExperts(module, stacks) for module, stacks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(
-        config=config,
         plan=plan,
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
         attributes_before=prepare_model(model, wrapped, hide_quantizer=True),
-        hooks=enable_input_require_grads(model),
+        hooks=require_grad(model, plan.inputs),
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
@@ -164,6 +162,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan, new: bool = 
         *decoding.watch(model),
         model.register_load_state_dict_pre_hook(_restore),
     ]
+    return state
 
 
 @torch.no_grad()

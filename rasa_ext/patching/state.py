@@ -32,7 +32,6 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class PatchState:
     """State of a patched model: what ``summary`` reports and ``unpatch`` needs."""
 
-    config: AdapterConfig
     plan: Plan
     trainable_before: frozenset[str]
     attributes_before: list[tuple[nn.Module, str, Any]]
@@ -48,6 +47,11 @@ class PatchState:
     """Number of open ``disable_adapter`` contexts."""
     merge_again: bool = False
     """Whether the model was merged when the first of them was entered."""
+
+    @property
+    def config(self) -> AdapterConfig:
+        """The adapter's config."""
+        return self.plan.config
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import has_packed_experts
-from rasa_ext.base_layers.quantized import format_of, quantizer_changes
-from rasa_ext.base_layers.survey import call_or_none
+from rasa_ext.base_layers.quantized import quantizer_changes
 from rasa_ext.nn.adapted_experts import BareExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.fused_projections import FusedProjections
@@ -41,10 +40,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:
-    """Link layers of ``kind`` that may read one input, to be fused; mark a dense output head."""
-    head = call_or_none(model, "get_output_embeddings")
-    if isinstance(head, kind) and format_of(head.base_layer) is None:
-        head.is_dense_head = True
+    """Link layers of ``kind`` that may read one input, to be fused."""
     for parent in model.modules():
         for names in PROJECTIONS_OF_ONE_INPUT:
             children = (parent._modules.get(name) for name in names)
@@ -106,19 +102,9 @@ def undo(changes: Sequence[tuple[nn.Module, str, Any]]) -> None:
             setattr(module, name, value)
 
 
-def enable_input_require_grads(model: nn.Module) -> list[Any]:
-    """Make the embeddings' outputs require grad, for re-entrant checkpoints; return the hooks.
-
-    A re-entrant checkpoint gives its parameters no gradient if none of its inputs requires grad.
-    transformers models that take token ids handle this when checkpointing is switched on.
-    """
-    if getattr(model, "main_input_name", None) == "input_ids":
-        return []
-    if hasattr(model, "get_input_embeddings"):
-        inputs = [call_or_none(model, "get_input_embeddings")]
-    else:
-        inputs = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return [m.register_forward_hook(_require_grad) for m in inputs if isinstance(m, nn.Module)]
+def require_grad(model: nn.Module, names: Iterable[str]) -> list[Any]:
+    """Make the outputs of these modules require grad while training; return the hooks."""
+    return [model.get_submodule(name).register_forward_hook(_require_grad) for name in names]
 
 
 def _require_grad(module: nn.Module, args: Any, output: Any) -> None:

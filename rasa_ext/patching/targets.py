@@ -11,7 +11,7 @@ from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.survey import Base, LinearBase, Survey, survey
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 from rasa_ext.methods.patterns import matches_whole
-from rasa_ext.patching.grouping import Group, ends_in, group_layers
+from rasa_ext.patching.grouping import Group, ends_in, group_layers, resolve_groups
 from rasa_ext.patching.tokens import TokenRows, check_not_adapted, find_rows
 
 EXCLUDED = "named by exclude_modules"
@@ -22,6 +22,8 @@ INSTEAD = "leave it out with exclude_modules, or train it in full with modules_t
 class Plan:
     """The changes that patching would make to a model."""
 
+    config: AdapterConfig
+    """The adapter's config, with ``groups`` as a file has them."""
     groups: tuple[Group, ...]
     skipped: dict[str, str]
     """Linear layers, 1x1 convolutions and expert weights that are not adapted, with the reason."""
@@ -33,6 +35,10 @@ class Plan:
     """Names of the modules that are trained in full."""
     tokens: tuple[TokenRows, ...] = ()
     """The tables with trained rows."""
+    dense_head: str | None = None
+    """Name of the output embedding, if it is a linear layer that is not quantized."""
+    inputs: tuple[str, ...] = ()
+    """Names of the embeddings whose outputs shall require grad."""
 
 
 def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = None) -> Plan:
@@ -83,7 +89,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
             f"experts: expected stacked weights to adapt, but all are left out, for example "
             f"{first!r}: {skipped[first]}; adapt at least one, or leave out experts."
         )
-    tokens = find_rows(model, config)
+    tokens = find_rows(found, config)
     check_not_adapted(tokens, chosen)
     groups = group_layers(config, adapted)
     trained = tuple(f"{name}." for name in saved)
@@ -96,7 +102,17 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
     for name, shape in untouched.items():
         how = "the argument experts adapts them" if name in adaptable else "not a linear layer"
         skipped[name] = f"weights of shape {shape}: {how}"
-    return Plan(groups, skipped, untouched, frozenset(adaptable), saved, tokens)
+    return Plan(
+        config=resolve_groups(config, groups),
+        groups=groups,
+        skipped=skipped,
+        untouched=untouched,
+        adaptable=frozenset(adaptable),
+        modules_to_save=saved,
+        tokens=tokens,
+        dense_head=found.dense_head,
+        inputs=found.inputs,
+    )
 
 
 def check_base(name: str, base: Base) -> None:
@@ -185,7 +201,7 @@ def resolve_config(
         target_modules=targets,
         modules_to_save=saved,
         trainable_token_indices=tuple(
-            (rows.names[0], rows.ids) for rows in find_rows(model, config)
+            (rows.names[0], rows.ids) for rows in find_rows(found, config)
         ),
         groups=groups,
     )

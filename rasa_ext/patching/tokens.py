@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import stored_weight
-from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.base_layers.linear import is_plain, stored_weight
 from rasa_ext.base_layers.sharded import SHARDING_HINT, is_dtensor, is_emptied, what_is_here
-from rasa_ext.base_layers.survey import call_or_none
+from rasa_ext.base_layers.survey import Survey
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.token_indices import INPUT
 from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -33,32 +32,22 @@ class TokenRows:
     width: int
 
 
-def tables_of(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
-    """Return embeddings and linear layers by name in the plain model, aliases included."""
-    return {
-        # PEFT's wrappers hold the module one level below its name; ours replace it there.
-        name.removesuffix(".base_layer").removesuffix(".token_adapter"): module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Embedding | nn.Linear)
-    }
-
-
-def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
+def find_rows(found: Survey, config: AdapterConfig) -> tuple[TokenRows, ...]:
     """Return the tables that ``config`` names, with all modules that read them.
 
     Raises ValueError, naming the argument, if there is no such table or it cannot be trained.
     """
     if not config.tokens:
         return ()
-    tables = tables_of(model)
+    tables = found.tables
+    weights = {name: stored_weight(module) for name, module in tables.items()}
     first: dict[int, str] = {}
     for name, module in tables.items():
         first.setdefault(id(module), name)
     chosen: dict[int, tuple[str, tuple[int, ...]]] = {}
     for suffix, ids in config.tokens:
-        for name in _named(model, suffix, tables):
-            table = id(stored_weight(tables[name]))
-            before = chosen.setdefault(table, (name, ids))
+        for name in _named(found, suffix):
+            before = chosen.setdefault(id(weights[name]), (name, ids))
             if before[1] != ids:
                 raise ValueError(
                     f"{ARGUMENT}: expected the same tokens for {before[0]!r} and {name!r}, which "
@@ -66,31 +55,27 @@ def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
                 )
     rows = []
     for table, (_, ids) in chosen.items():
-        readers = [n for n in first.values() if id(stored_weight(tables[n])) == table]
+        readers = [n for n in first.values() if id(weights[n]) == table]
         readers.sort(key=lambda name: isinstance(tables[name], nn.Linear))
         for name in readers:
-            _check(name, tables[name], ids, config)
+            _check(name, tables[name], weights[name], ids, config)
         rows.append(TokenRows(tuple(readers), ids, tables[readers[0]].weight.shape[1]))
     return tuple(rows)
 
 
-def _named(
-    model: nn.Module, suffix: str, tables: Mapping[str, nn.Embedding | nn.Linear]
-) -> list[str]:
+def _named(found: Survey, suffix: str) -> list[str]:
     """Return the names of the tables that an entry of the config matches."""
-    embeddings = {name: table for name, table in tables.items() if isinstance(table, nn.Embedding)}
+    embeddings = {n: table for n, table in found.tables.items() if isinstance(table, nn.Embedding)}
     known = ", ".join(map(repr, embeddings)) or "none"
     if suffix != INPUT:
-        names = [name for name in tables if f".{name}".endswith(f".{suffix}")]
+        names = [name for name in found.tables if f".{name}".endswith(f".{suffix}")]
         if not names:
             raise ValueError(
                 f"{ARGUMENT}: expected name suffixes of embeddings or linear heads, but no name "
                 f"ends in {suffix!r}; the model's embeddings are {known}."
             )
         return names
-    given = call_or_none(model, "get_input_embeddings")
-    given = getattr(given, "base_layer", getattr(given, "original_module", given))  # ours, PEFT's
-    names = [name for name, table in embeddings.items() if table is given]
+    names = [name for name, table in embeddings.items() if table is found.input_embedding]
     if not names and len({id(table.weight) for table in embeddings.values()}) == 1:
         names = list(embeddings)
     if not names:
@@ -102,13 +87,17 @@ def _named(
 
 
 def _check(
-    name: str, module: nn.Embedding | nn.Linear, ids: Sequence[int], config: AdapterConfig
+    name: str,
+    module: nn.Embedding | nn.Linear,
+    weight: Tensor,
+    ids: Sequence[int],
+    config: AdapterConfig,
 ) -> None:
     """Raise ValueError if rows of a module's weight cannot be trained."""
-    weight, why = stored_weight(module), ""
+    why = ""
     if is_dtensor(weight) or is_emptied(weight) or weight.dim() != 2:
         why = f"a weight that is {what_is_here(weight)}; {SHARDING_HINT}"
-    elif format_of(module) is not None or not weight.is_floating_point():
+    elif not is_plain(weight):
         why = "a quantized weight, whose rows cannot be replaced"
     elif isinstance(module, nn.Embedding):
         if module.max_norm is not None:

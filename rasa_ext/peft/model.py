@@ -208,6 +208,7 @@ class RasaModel(BaseTuner):
             assert isinstance(base, LinearBase)
             kind = RasaPeftLinear if base.split is None else SplitPeftLinear
             layer = kind(base.module, backend_of(base.module, self.model))
+            layer.is_dense_head = current_key == self._dense_head
             replace_modules(self.model, {target: layer})  # a module may be registered twice
         owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
@@ -234,7 +235,8 @@ class RasaModel(BaseTuner):
         """Return group, specs and base of every layer that PEFT will adapt, by layer name."""
         (linears, stacks), config = bases_of(self.model), peft_config.core()
         stacks = stacks if config.grouping_of_experts else {}
-        reasons = survey(self.model, linears, stacks).refused
+        layers = survey(self.model, linears, stacks)
+        reasons, self._dense_head = layers.refused, layers.dense_head
         inside: tuple[str, ...] = ()
         bases: dict[str, Base] = {}
         for name, module in self.model.named_modules():

@@ -10,9 +10,10 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.survey import Survey, survey
 from rasa_ext.checkpoint.lora_readers import peft_ties
 from rasa_ext.methods.base import AdapterConfig
-from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, tables_of
+from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows
 
 _INSTEAD = "train such rows with rasa_ext.patch_model"
 
@@ -30,16 +31,17 @@ def settled_tokens(
 
     Raises ValueError if PEFT would compute something else, before PEFT changes the model.
     """
-    found = find_rows(model, config)
+    layers = survey(model)
+    found = find_rows(layers, config)
     adapted = [name for rows in found for name in rows.names if is_target(name)]
     check_not_adapted(found, adapted)
     for rows in found:
-        _check(model, rows)
+        _check(layers, rows)
     return {rows.names[0]: list(rows.ids) for rows in found} or None
 
 
-def _check(model: nn.Module, rows: TokenRows) -> None:
-    owner, tables = rows.names[0], tables_of(model)
+def _check(layers: Survey, rows: TokenRows) -> None:
+    owner, tables = rows.names[0], layers.tables
     for name in rows.names:
         if getattr(tables[name], "bias", None) is not None:
             raise ValueError(
@@ -51,7 +53,7 @@ def _check(model: nn.Module, rows: TokenRows) -> None:
                 f"{ARGUMENT}: expected modules with one name each, since PEFT wraps a module under "
                 f"one name only, but {name!r} is also {twice[0]!r}; {_INSTEAD}."
             )
-    if len(rows.names) > 1 and not peft_ties(model, [owner]):
+    if len(rows.names) > 1 and not peft_ties(layers.model, [owner]):
         raise ValueError(
             f"{ARGUMENT}: {rows.names[1]!r} shares the weight of {owner!r}, which PEFT does not "
             f"know, since the model's config does not state it; {_INSTEAD}."

@@ -172,10 +172,10 @@ def compress(
         lost = {name: each for name, each in lost.items() if name not in carried}
     linears = {name: model.get_submodule(name) for g in plan.groups for name in g.names}
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
-    found, tensors = solver.approximate(config, plan, Changes(linears, before, after, dtype))
+    found, tensors = solver.approximate(plan, Changes(linears, before, after, dtype))
     names = saved_tensors(model, plan)
     tensors.update((f"{PREFIX}{name}", after.value(name)) for name in names)
-    return CompressedAdapter(config, plan, tensors, found, lost)
+    return CompressedAdapter(plan, tensors, found, lost)
 
 
 def compress_lora(
@@ -229,11 +229,11 @@ def nearest_to(
 ) -> CompressedAdapter:
     """Do ``compress_lora`` for a LoRA in memory; error messages begin with ``where``."""
     exact = convert_lora(model, lora, where)
-    config = dataclasses.replace(exact.config, rank=rank, k=k)
+    plan = dataclasses.replace(exact.plan, config=dataclasses.replace(exact.config, rank=rank, k=k))
     scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
-    groups, tensors = solver.approximate(config, exact.plan, scaled)
+    groups, tensors = solver.approximate(plan, scaled)
     tensors.update((key, t) for key, t in exact.tensors.items() if ".rasa_" not in key)
-    return CompressedAdapter(config, exact.plan, tensors, groups)
+    return CompressedAdapter(plan, tensors, groups)
 
 
 def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,10 @@ def fit_adapter(
         torch.Size([32, 48])
     """
     config = RasaConfig(rank=rank, k=k, groups=groups)
-    config, plan = plan_layers(model, config, _shapes(model, deltas), "deltas")
+    plan = plan_layers(model, config, _shapes(model, deltas), "deltas")
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
-    found, tensors = solver.approximate(config, plan, deltas)
-    AdapterState(config, plan, tensors).install(model)
+    found, tensors = solver.approximate(plan, deltas)
+    AdapterState(plan, tensors).install(model)
     return found
 
 
@@ -80,12 +80,13 @@ class Solver:
     progress: Callable[[Group, int, int], None] | None = None
 
     def approximate(
-        self, config: RasaConfig, plan: Plan, deltas: Mapping[str, Delta]
+        self, plan: Plan, deltas: Mapping[str, Delta]
     ) -> tuple[dict[Group, Decomposition], dict[str, Tensor]]:
         """Return every group's decomposition, and all factors by key in an adapter file.
 
         If ``deltas`` computes values on access, only one group's changes are in memory at a time.
         """
+        config = cast(RasaConfig, plan.config)
         found: dict[Group, Decomposition] = {}
         tensors: dict[str, Tensor] = {}
         for group in plan.groups:

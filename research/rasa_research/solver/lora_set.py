@@ -148,12 +148,12 @@ class LoraSet:
         """
         i = self.index(name)
         shapes = {key: (B.shape[0], A.shape[1]) for key, (B, A, _) in self.layers.items()}
-        config, plan = plan_layers(model, RasaConfig(rank=self.rank, k=0), shapes, "loras")
+        plan = plan_layers(model, RasaConfig(rank=self.rank, k=0), shapes, "loras")
         tensors = {}
         for key, basis in self.layers.items():
             tensors[own_key(key, "A")], tensors[own_key(key, "B")] = basis.A, basis.B
             tensors[own_key(key, "d")] = basis.d[i]
-        return AdapterState(config, plan, tensors).install(model)
+        return AdapterState(plan, tensors).install(model)
 
     def index(self, name: str) -> int:
         """Return the index of an adapter by name; raise ValueError if there is none."""
