@@ -83,9 +83,8 @@ def plan_layers(
 
     Example:
         >>> shapes = {"model.layers.0.mlp.down_proj": (32, 48)}
-        >>> plan = rasa_ext.patching.plan_layers(
-        ...     model, rasa_ext.RasaConfig(rank=8, k=1), shapes, "shapes"
-        ... )
+        >>> config = rasa_ext.RasaConfig(rank=8, k=1)
+        >>> plan = rasa_ext.patching.plan_layers(model, config, shapes, "shapes")
         >>> [group.names for group in plan.groups]
         [('model.layers.0.mlp.down_proj',)]
     """
