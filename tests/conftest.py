@@ -110,6 +110,22 @@ def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone, which outlives what the test makes.
+
+    A DDP reducer that held the last reference would wait, with Python's lock, for gloo's thread,
+    which waits for that lock to free a tensor.
+    """
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    yield
+    dist.destroy_process_group()
+    del group
+
+
+@pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """A function that adds a line to the table printed by --figures, also from a worker."""
     return lambda line: record_property(_FIGURE, line)

@@ -27,8 +27,10 @@ from tests.workers.training import blocks
 @pytest.fixture(scope="module", autouse=True)
 def mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+    del group  # the last reference: see `group_of_one`
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, whole: bool = False, **options) -> nn.Module:

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
@@ -98,15 +97,11 @@ def test_parameters_as_one_vector():
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_buckets_of_ddp(view):
+def test_buckets_of_ddp(view, group_of_one):
     """DDP does not warn of gradients whose strides do not match the buckets'."""
     model, inputs = patched(SEQUENTIAL.build()), SEQUENTIAL.inputs(0)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings(action="error"):
-            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
-            for _ in range(2):
-                SEQUENTIAL.loss(wrapped, inputs)[1].backward()
-    finally:
-        dist.destroy_process_group()
+    with warnings.catch_warnings(action="error"):
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+        for _ in range(2):
+            SEQUENTIAL.loss(wrapped, inputs)[1].backward()
     assert all(p.grad.is_contiguous() for p in rasa_ext.adapter_parameters(model))
