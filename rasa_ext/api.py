@@ -74,7 +74,7 @@ def patch_model(
     k: int | None = 1,
     *,
     alpha: float | None = None,
-    start: str = "paper",
+    start: str = "lora",
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),

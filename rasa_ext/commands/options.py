@@ -99,8 +99,8 @@ class FinetuneOptions:
             example one that `rasa-ext ranks` wrote, a command of `pip install ./research`.
         experts: Also adapt the stacked experts of a mixture of experts. Under rasa: slot, layer
             or shared, which sets the experts that share a pool. Under lora: own.
-        alpha: Under rasa, the size of the initial diagonal (8 and 32 in the paper). Under other
-            methods, the scale times the rank. [default: 8, or rank with rasa's start: lora]
+        alpha: LoRA's scale times the rank; under rasa, where the diagonal starts.
+            [default: rank under rasa, or 8 with start: paper; 8 under other methods]
         method_options: Other fields of the method's config, as YAML:
             'trainable_token_indices: [5, 9]', or 'rslora: true, train_A: false' under lora.
         dropout: Dropout on the adapter's input, in [0, 1).
@@ -265,7 +265,7 @@ class FinetuneOptions:
         usual["target_modules"] = parse_targets(self.target_modules)
         if config is methods.RasaConfig:
             usual["k"] = None  # the config then applies the paper's rule
-        if self.alpha is None and not issubclass(config, methods.RasaConfig):
+        if self.alpha is None and getattr(config, "alpha", None) is not None:
             usual["alpha"] = 8.0
         return config(**{name: usual[name] for name in usual.keys() & known} | given)
 

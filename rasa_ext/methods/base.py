@@ -94,6 +94,8 @@ class AdapterConfig:
     """The type of all methods in PEFT."""
     peft: ClassVar[str] = ""
     """Why PEFT cannot train the method, if not for ``loop`` or a hook that PEFT does not call."""
+    absent: ClassVar[Mapping[str, Any]] = {}
+    """Values of fields that a file lacks, where they are not the defaults."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(
@@ -291,7 +293,7 @@ class AdapterConfig:
             settings["rasa_method"] = self.method
         for field in self._own_fields():
             value = getattr(self, field.name)
-            if field.name in _ALWAYS or value != field.default:
+            if field.name in (*_ALWAYS, *self.absent) or value != field.default:
                 mapping = field.metadata.get("counts")
                 settings[key_of(field.name)] = dict(value) if mapping else value
         return settings
@@ -326,6 +328,7 @@ class AdapterConfig:
         if missing := [key for key in needed if data.get(key) is None]:
             raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
         given = {name: data[key] for name, key in keys.items() if data.get(key) is not None}
+        given = {**cls.absent, **given}
         for field in cls._own_fields():
             if field.name in given:
                 _check_json(keys[field.name], given[field.name], field)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -51,6 +51,7 @@ class RasaConfig(AdapterConfig):
     method: ClassVar[str] = "rasa"
     title: ClassVar[str] = "RaSA"
     paper: ClassVar[str] = "2503.12576"
+    absent: ClassVar[Mapping[str, str]] = {"start": "paper"}  # the official code's files
 
     rank: int = option(8, "LoRA rank r per layer. Trainable parameters grow with it as in LoRA.")
     k: int | None = option(
@@ -61,14 +62,14 @@ class RasaConfig(AdapterConfig):
     )
     alpha: float | None = option(
         None,
-        "The size of the initial diagonal, which is trained, so alpha matters only at the start. "
-        "None is 8, the official code's default, or the rank with start='lora': a scale of 1.",
+        "LoRA's scale times the rank. It sets where the diagonal starts, which is then trained. "
+        "None is the rank, a scale of 1, or 8, the official code's default, with start='paper'.",
     )
     start: str = option(
-        "paper",
-        "Where the diagonal starts. 'paper': at alpha/2/(r-k) for private ranks and alpha/2/(L*k) "
-        "for pooled ranks. 'lora': at LoRA's scale alpha/r, and at alpha/max(r, k*cbrt(L)) for "
-        "pooled ranks, so that LoRA's learning rates fit.",
+        "lora",
+        "Where the diagonal starts. 'lora': at LoRA's scale alpha/r, and at alpha/max(r, "
+        "k*cbrt(L)) for pooled ranks, so that LoRA's learning rates fit. 'paper': at alpha/2/(r-k) "
+        "for private ranks and alpha/2/(L*k) for pooled ranks.",
     )
     rank_pattern: Counts = option(
         (),

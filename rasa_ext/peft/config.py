@@ -70,7 +70,7 @@ class RasaConfig(PeftConfig):
     r: int | None = _shared("rank", "None is the method's default, 8 under rasa.")
     rasa_k: int | None = _shared("k")
     rasa_alpha: float | None = _shared("alpha")
-    rasa_start: str | None = _shared("start", "None is 'paper'.")
+    rasa_start: str | None = _shared("start", "None is 'lora'.")
     rasa_dropout: float = _shared("dropout", default=0.0)
     target_modules: list[str] | set[str] | str | None = _shared(
         "target_modules", "None means 'all-linear'.", ALL_LINEAR
@@ -232,6 +232,8 @@ def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
             given["rasa_options"] = {**(given.get("rasa_options") or {}), **options}
         unknown = sorted(given.keys() - known)
         self.is_from_file = "peft_type" in given
+        if self.is_from_file:
+            given = {**{key_of(name): value for name, value in method.absent.items()}, **given}
         if unknown and self.is_from_file:
             # PEFT would drop the options, which are not in the signature.
             warnings.warn(

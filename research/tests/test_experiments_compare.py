@@ -309,6 +309,18 @@ def test_long_comparisons_of_two_tasks_are_alike():
     assert dataclasses.replace(first, **changed) == second
 
 
+def test_rates_are_compared_at_the_default_start():
+    methods = read_config(compare_config.HERE / "gsm8k_rule.yaml").methods
+    started = [spec for spec in methods.values() if spec["kind"] == "started"]
+    assert len(started) == 14
+    for spec in started:
+        config = rasa_ext.RasaConfig(rank=spec["rank"], k=spec["k"])
+        own, pooled = config.ranks(len(spec.get("blocks", range(30))))
+        private, shared = spec["start"]
+        expected = torch.tensor([private] * own + [shared] * pooled)
+        torch.testing.assert_close(config.diagonal(own, pooled), expected, rtol=2e-4, atol=0)
+
+
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k_small"])
 def test_methods_of_a_long_comparison_train_as_many_numbers(name, rows):
     config = read_config(compare_config.HERE / f"{name}.yaml")

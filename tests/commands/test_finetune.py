@@ -248,24 +248,27 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
 
 
 def test_the_best_step_is_kept_and_named(options, files, tmp_path):
-    """Without --eval-steps, every checkpoint is evaluated."""
-    given = {"eval_data": str(files / "test.jsonl"), "max_steps": 6, "save_steps": 2, "lr": 5.0}
-    given["training_arguments"] = best = "load_best_model_at_end: true"
+    """Without --eval-steps, every checkpoint is evaluated.
+
+    The best step is asked to have the largest loss, so it is not the last.
+    """
+    given = {"eval_data": str(files / "test.jsonl"), "max_steps": 6, "save_steps": 2, "lr": 0.3}
+    given["training_arguments"] = best = "load_best_model_at_end: true, greater_is_better: true"
     result, _ = run(options, **given)
     output, name = Path(options.output), "adapter_model.safetensors"
     rows = [row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
-    least = min(rows[1:], key=lambda row: row["eval_loss"])
-    assert (result["kept_step"], result["eval_loss"]) == (least["step"], least["eval_loss"])
+    best_row = max(rows[1:], key=lambda row: row["eval_loss"])
+    assert (result["kept_step"], result["eval_loss"]) == (best_row["step"], best_row["eval_loss"])
     assert result["kept_step"] < 6
     (line,) = [each for each in describe(result) if each.startswith("held-out")]
-    assert line.endswith(f"(of step {least['step']}, which is kept)")
-    expected = (output / f"checkpoint-{least['step']}" / name).read_bytes()
+    assert line.endswith(f"(of step {best_row['step']}, which is kept)")
+    expected = (output / f"checkpoint-{best_row['step']}" / name).read_bytes()
     assert (output / name).read_bytes() == expected
     moved = output.rename(tmp_path / "moved")
     again, text = run(options, **given, output=str(moved), resume=True)
     assert "is complete: 6 steps" in text
-    assert again["eval_loss"] == least["eval_loss"]
+    assert again["eval_loss"] == best_row["eval_loss"]
     assert (moved / name).read_bytes() == expected
     with pytest.raises(ValueError, match="load_best_model_at_end: expected eval_data"):
         run(options, training_arguments=best)

@@ -141,7 +141,7 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
     return list(found.values())
 
 
-def initial_d(rank: int, k: int, layers: int, alpha: float, start: str = "paper") -> Tensor:
+def initial_d(rank: int, k: int, layers: int, alpha: float, start: str = "lora") -> Tensor:
     """Return d (R,) at the start: private ranks, then pool ranks.
 
     Like LoRA's scale: alpha / r, and alpha / max(r, k cbrt(L)). As in the official code:

@@ -41,7 +41,7 @@ def prepared(
         model = model.to(torch.bfloat16)
     if spec["kind"] == "rasa":
         return rasa_ext.patch_model(
-            model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"])
+            model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"]), start="paper"
         )
     if spec["kind"] == "started":
         model = rasa_ext.patch_model(
@@ -49,7 +49,8 @@ def prepared(
         )
         return _started(model, spec["rank"] - spec["k"], *spec["start"])
     if spec["kind"] == "ours":
-        config = method_named(spec["method"])(**spec["options"])
+        kind = method_named(spec["method"])
+        config = kind(**{**kind.absent, **spec["options"]})  # the paper's start, unless given
         return rasa_ext.patch_model(model, config=config)
     from peft import LoraConfig, VeraConfig, get_peft_config, get_peft_model
 

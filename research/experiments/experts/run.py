@@ -108,7 +108,7 @@ def prepared(base: Any, method: str, seed: int) -> Any:
     if spec is None or "k" not in spec:
         return model
     experts = ["gate_up_proj", "down_proj"]
-    rasa_ext.patch_model(model, alpha=float(ALPHA), target_modules=experts, **spec)
+    rasa_ext.patch_model(model, alpha=float(ALPHA), start="paper", target_modules=experts, **spec)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)
