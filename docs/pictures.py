@@ -209,6 +209,7 @@ COMPARED = {
     "docstrings, 60 steps, k=1": ("docstrings", "60", "rasa-r8-k1", "lora-r8"),
     "docstrings, 600 steps, k=1": ("docstrings", "600", "rasa-r8-k1", "lora-r8"),
     "docstrings, 600 steps, k=8": ("docstrings", "600", "rasa-r8-k8", "lora-r8"),
+    "GSM8K, 150 steps, k=1, larger scale": ("gsm8k", "150", "rasa-r8-k1-a60", "lora-r8-a32"),
     "GSM8K, 600 steps, k=1": ("gsm8k", "600", "rasa-r8-k1", "lora-r8"),
     "GSM8K, 600 steps, k=8": ("gsm8k", "600", "rasa-r8-k8", "lora-r8"),
     "GSM8K, 600 steps, r=1, k=1": ("gsm8k", "600", "rasa-r1-k1", "lora-r1"),
