@@ -23,6 +23,7 @@ _LONGEST = ("tests/examples/", "tests/walks/")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", action="store_true", help="print what the tests measured")
     parser.addoption("--walks", type=int, default=100, help="random walks of each kind")
+    parser.addoption("--threads", type=int, default=1, help="of PyTorch; sums then round otherwise")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not item.nodeid.startswith(_FORKING))
     import torch  # here, because the process that only distributes tests needs no torch
 
-    torch.set_num_threads(1)  # more threads make small models slower
+    torch.set_num_threads(config.getoption("threads", 1))  # more make small models slower
     if torch.cuda.is_available():
         return
     _deselect(config, items, "gpu")

@@ -10,6 +10,7 @@ import rasa_ext
 from examples import served_adapter
 from examples.served_adapter import ServedAdapter, ServerError
 from rasa_ext.peft import RasaConfig
+from tests.helpers import oracle
 from tests.helpers.adapters import patched, randomize, same_bits
 from tests.helpers.lora_server import log_probabilities, serving
 from tests.helpers.peft import tiny
@@ -20,7 +21,6 @@ trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
 
 TOKENS = list(range(3, 40))
-LIMIT = 1e-5  # in nats; measured: 9.5e-7
 LOAD, UNLOAD, COMPLETE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions")
 
 
@@ -36,9 +36,12 @@ def _no_waiting(monkeypatch):
 
 
 def off(server, served, model) -> float:
-    """Return the largest difference in log-probabilities of server and trainer, in nats."""
-    there = log_probabilities(server.loras[served.served], TOKENS)
-    return (there - log_probabilities(model, TOKENS)).abs().max().item()
+    """Return the largest difference in log-probabilities of server and trainer.
+
+    It is divided by the server's own error, which computes in plain PyTorch.
+    """
+    dense, call = server.loras[served.served], lambda model: log_probabilities(model, TOKENS)
+    return (call(dense) - call(model)).abs().max().item() / oracle.rounding(dense, call)
 
 
 class Check(TrainerCallback):
@@ -59,7 +62,11 @@ class Check(TrainerCallback):
         for prompt, completion, told in zip(*found.values(), strict=True):
             logits = log_probabilities(trainer.model, prompt + completion)
             expected = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None])
-            self.told.append((torch.tensor(told) - expected[:, 0]).abs().max().item())
+            error = oracle.rounding(
+                self.server.loras[self.served.served],
+                lambda model, tokens=prompt + completion: log_probabilities(model, tokens),
+            )
+            self.told.append((torch.tensor(told) - expected[:, 0]).abs().max().item() / error)
         return found
 
 
@@ -99,10 +106,13 @@ def test_every_sync_serves_what_is_trained(front_end, server, tmp_path, figure):
     trainer = grpo(model, tmp_path, served, check, config, chat, beta=beta)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    figure(f"served, {front_end}: {max(check.off):.1e}, rollouts {max(check.told):.1e}")
+    figure(
+        f"served, {front_end}: {max(check.off):.1f} x plain PyTorch's own error, rollouts "
+        f"{max(check.told):.1f} x"
+    )
     assert len(check.told) == 3 * 4
-    assert max(check.off) < LIMIT
-    assert max(check.told) < LIMIT
+    assert max(check.off) <= 8
+    assert max(check.told) <= 8
     for name, parameter in trainer.model.named_parameters():
         assert parameter.requires_grad or same_bits(parameter.detach(), before[name]), name
     # One adapter per sync, each asked only for its step's completions; the last one remains.
@@ -125,7 +135,7 @@ def test_as_seldom_as_is_asked(server, tmp_path):
     steps = [body["lora_name"].rsplit("-", 1) for path, body in server.requests if path == LOAD]
     assert [step for _, step in steps] == ["0", "2", "3"]
     assert {name.partition("-")[0] for name, _ in steps} == {"mine"}
-    assert off(server, served, trainer.model) < LIMIT
+    assert off(server, served, trainer.model) <= 8
 
 
 @pytest.mark.parametrize("path", [LOAD, UNLOAD, None])
@@ -217,4 +227,4 @@ def test_the_adapter_that_is_named(server, tmp_path):
     randomize(model, 9)
     served = ServedAdapter(server.address, tmp_path, adapter_name="other")
     served.send(model, 0)
-    assert off(server, served, model) < LIMIT
+    assert off(server, served, model) <= 8

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import oracle
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -272,3 +274,8 @@ def ids(entry: Entry) -> str:
 def logits(entry: Entry, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """Compute a model's logits for the entry's first inputs, in eval mode."""
     return entry.loss(model.eval(), entry.inputs(0, dtype))[0]
+
+
+def rounding(entry: Entry, model: nn.Module) -> float:
+    """Return ``oracle.rounding`` of a model's logits for the entry's first inputs."""
+    return oracle.rounding(model, lambda m: logits(entry, m, next(m.parameters()).dtype))

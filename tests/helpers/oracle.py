@@ -5,10 +5,11 @@ Shapes: A (r-k, in), B (out, r-k), d (R,), pool A (L*k, in), pool B (out, L*k), 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,6 +197,40 @@ class AllInFloat64(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Compute everything in float64, also what models compute in float32."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with AllInFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@torch.no_grad()
+def rounding(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> float:
+    """Return the largest error of a plain model's output in its own dtype, from float64.
+
+    The tolerance for a model that computes the same function is a multiple of it: processors round
+    differently. ``model`` must share no code with the package.
+    """
+    wide = copy.deepcopy(model).double()
+    config = getattr(wide, "config", None)
+    if getattr(config, "_experts_implementation", None):
+        config._experts_implementation = "eager"  # grouped_mm has no float64
+    with in_float64():
+        exact = call(wide)
+    return (call(model) - exact).abs().max().item()
+
+
+def assert_close(found: Tensor, expected: Tensor, error: float, times: float = 8) -> None:
+    """Assert that two results agree to a multiple of ``error``, plain PyTorch's own."""
+    off, limit = (found.double() - expected.double()).abs().max().item(), times * error
+    assert off <= limit
+
+
 def dense_model(
     base: nn.Module, adapters: Mapping[str, Adapter], model: nn.Module | None = None
 ) -> nn.Module:
@@ -243,14 +278,9 @@ def run_model(
     ``model`` is an earlier copy, as in ``dense_model``.
     """
     model = dense_model(base, adapters, model)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with AllInFloat64():
-            logits, value = loss(model)
-            value.backward()
-    finally:
-        torch.set_default_dtype(usual)
+    with in_float64():
+        logits, value = loss(model)
+        value.backward()
     return {"logits": logits.detach(), **model_gradients(model, adapters)}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext.nn import RasaLinear
 from rasa_ext.peft import RasaConfig
-from tests.helpers import experts
+from tests.helpers import experts, oracle
 from tests.helpers.expert_files import adapted, logits
 from tests.helpers.refusals import refused
 
@@ -63,8 +63,8 @@ def test_what_cannot_be_adapted(family, names):
     expected = logits(model)
     model(input_ids=torch.arange(24).view(2, 12)).logits.sum().backward()
     assert all(p.grad is not None for p in rasa_ext.adapter_parameters(model))
-    rasa_ext.merge(model)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    plain = rasa_ext.merge_and_unload(model)
+    oracle.assert_close(logits(plain), expected, oracle.rounding(plain, logits))
     call = functools.partial(rasa_ext.patch_model, base, target_modules=names[:1])
     refused(call, base, f"^target_modules: .*{names[0]}", word)
 
