@@ -127,23 +127,30 @@ class Errors:
         return {k: (e / self.scale[k]) ** 0.5 if e else 0.0 for k, e in self.error.items()}
 
 
-def excesses(ours: Errors, plain_: Errors, floor: float) -> tuple[dict[str, str], float]:
-    """Return quantities with errors above max(floor, 2 x plain PyTorch's), and the worst ratio."""
+def excesses(
+    ours: Errors, plain_: Errors, floor: float, times: float = 2
+) -> tuple[dict[str, str], float]:
+    """Return quantities with errors above max(floor, times x plain PyTorch's), and the worst ratio.
+
+    Of a single draw in float32 the ratio was up to 3.1 with other kernels, those of MKL_CBWR.
+    """
     bad, worst, theirs = {}, 0.0, plain_.relative()
     for key, error in ours.relative().items():
-        if not error <= max(floor, 2 * theirs[key]):
+        if not error <= max(floor, times * theirs[key]):
             bad[key] = f"{error:.2e} against plain PyTorch's {theirs[key]:.2e}"
         if theirs[key]:
             worst = max(worst, error / theirs[key])
     return bad, worst
 
 
-def excesses_of(found, plain_, reference, floor: float, by_kind=False) -> tuple[dict, float]:
+def excesses_of(
+    found, plain_, reference, floor: float, by_kind=False, times: float = 2
+) -> tuple[dict, float]:
     """Return ``excesses`` of one draw's errors from ``reference``."""
     ours, theirs = Errors(by_kind), Errors(by_kind)
     ours.add(found, reference)
     theirs.add(plain_, reference)
-    return excesses(ours, theirs, floor)
+    return excesses(ours, theirs, floor, times)
 
 
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}

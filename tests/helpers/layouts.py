@@ -378,4 +378,4 @@ def excesses_over_packed(
             model = rasa_ext.patch_model(base, 3, 1, experts=grouping).train()
         experts.randomize(model, 4)  # a draw at which rounding turns no choice of a router
         seen.append(step_over_experts(model, tokens))
-    return excesses_of(seen[2], seen[1], seen[0], 1e-6, by_kind=True)
+    return excesses_of(seen[2], seen[1], seen[0], 1e-6, by_kind=True, times=4)

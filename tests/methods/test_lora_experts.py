@@ -98,7 +98,8 @@ def test_it_has_as_many_numbers_as_pefts_and_begins_as_that_does():
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(p.numel() for p in rasa_ext.adapter_parameters(ours)) == count
     assert [(row.L, row.R, row.experts) for row in rasa_ext.summary(ours)] == [(2, 3, 5)] * 2
-    assert same_bits(logits(ours.eval()), logits(base.eval()))
+    error = oracle.rounding(base.eval(), logits)
+    oracle.assert_close(logits(ours.eval()), logits(base), error)
     A = torch.cat([p.flatten() for n, p in ours.named_parameters() if n.endswith("up_proj.A")])
     assert 0.9 * 16**-0.5 < A.abs().max() <= 16**-0.5
 

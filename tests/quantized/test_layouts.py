@@ -154,7 +154,7 @@ def test_gradients_of_all_layers(form, entrance, figure):
     ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
     theirs.add(step(patched(dense(base, dtype), seed=4)), reference)
     ours.add(step(enter(base)), reference)
-    bad, ratio = excesses(ours, theirs, 1e-6)
+    bad, ratio = excesses(ours, theirs, 1e-6, 4 if dtype == torch.float32 else 2)
     largest = max(ours.relative().values())
     figure(f"{form}, {entrance}: error {largest:.1e}, {ratio:.2f} times a dense base's")
     assert not bad
