@@ -190,8 +190,8 @@ class AdaptedModule(nn.Module):
 def drop_packs(model: nn.Module) -> None:
     """Drop a model's packs, after a write that PyTorch cannot see.
 
-    Every forward packs anew, but for a forward of one token per row without grad, such as a step of
-    ``generate``. Such a forward notices in-place operations, ``load_state_dict`` and steps of any
+    Every forward packs anew, but for a step of ``generate``: one without grad whose cache holds
+    tokens. Such a forward notices in-place operations, ``load_state_dict`` and steps of any
     ``torch.optim.Optimizer``. It does not notice collectives (``dist.broadcast(p)``), writes by
     another process to shared memory, writes through ``.data`` or a numpy view, and replays of a
     CUDA graph with the optimizer.

@@ -51,10 +51,10 @@ class PackSet:
     Every forward packs anew, since PyTorch does not see writes through ``.data``. A layer that
     reads again, or one below the first reader, begins a forward. The first reader packs the group;
     any other layer packs only itself, until the first one reads. A forward inside a backward, such
-    as a checkpoint's, reads the packs again. So do steps of one token without grad, as ``generate``
-    runs them: see ``Decoding``. Packs are stale, too, after a backward through them, a step of any
+    as a checkpoint's, reads the packs again. So do steps of ``generate``, without grad: see
+    ``Decoding``. Packs are stale, too, after a backward through them, a step of any
     optimizer, or a change of a tensor's identity, version, dtype or ``requires_grad``. So a write
-    through ``.data`` is missed by a step of one token, and by a forward that begins at a later
+    through ``.data`` is missed by a step of ``generate``, and by a forward that begins at a later
     layer that has not read since the group was packed.
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
@@ -64,7 +64,7 @@ class PackSet:
     are empty: a layer joins again as it is copied.
 
     Args:
-        decoding: says whether the model's forward is a step of one token; by default it never is.
+        decoding: says whether the model's forward is a step of ``generate``; by default never.
         ask: gives a layer's adapter.
     """
 
@@ -210,10 +210,9 @@ class PackSet:
 
 
 class Decoding:
-    """Whether the model's current forward has one token per row, as a step of ``generate`` has.
+    """Whether the model's current forward is a step of ``generate``: its cache holds tokens.
 
-    Hooks on the model set it, since a layer of experts sees the tokens of all rows as one batch.
-    Under ``torch.compile`` it stays False.
+    Hooks on the model set it. Under ``torch.compile`` it stays False.
     """
 
     now = False
@@ -227,21 +226,21 @@ class Decoding:
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if not is_compiling():
-            given = (*args[:1], *map(kwargs.get, _TOKENS))
-            tokens = [value for value in given if isinstance(value, Tensor)]
-            self.now = bool(tokens) and all(map(_is_one_token, tokens))
+            self.now = any(map(_holds_tokens, kwargs.values()))  # transformers renamed the cache
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if not is_compiling():
             self.now = False
 
 
-_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-
-
-def _is_one_token(x: Tensor) -> bool:
-    """Return whether ids (batch, tokens) or embeddings (batch, tokens, width) are of one token."""
-    return x.dim() == (3 if x.is_floating_point() else 2) and x.shape[1] == 1
+def _holds_tokens(cache: Any) -> bool:
+    """Return whether an argument is a cache of transformers that holds tokens."""
+    if not hasattr(cache, "get_seq_length"):
+        return False
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except ValueError:  # a cache without attention counts no tokens
+        return False
 
 
 class _PackCache:
@@ -263,7 +262,7 @@ class _PackCache:
         """On a GPU, the stream that packed, and an event after the kernels."""
 
     def entry(
-        self, index: int, sources: Sequence[Tensor], grad: bool, one_token: bool
+        self, index: int, sources: Sequence[Tensor], grad: bool, decoding: bool
     ) -> _Entry | None:
         """Return a layer's entry, or None if it is stale.
 
@@ -274,7 +273,7 @@ class _PackCache:
         if entry is None or self.step is not _last_step or len(entry.stamps) != len(sources):
             return None
         grad = grad and entry.trained
-        again = (not one_token or grad) and (index in self.read or index < self.first)
+        again = (not decoding or grad) and (index in self.read or index < self.first)
         old = self.spent or again or (grad and not self.linked)
         if old and torch._C._current_graph_task_id() == -1:  # not inside a backward
             self.over = self.over or (again and index != self.first)

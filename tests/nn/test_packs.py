@@ -1,4 +1,4 @@
-"""Packs: made once for each forward, but for steps of one token without grad.
+"""Packs: made once for each forward, but for steps of ``generate``.
 
 ``tests/walks`` compares values and gradients in any order of forwards, backwards and writes.
 """
@@ -21,7 +21,7 @@ from rasa_ext import ops
 from rasa_ext.nn import packs as module_of_packs
 from tests.helpers import experts
 from tests.helpers.adapters import adapters, patched, plain_model, trainable_copies
-from tests.helpers.models import LLAMA
+from tests.helpers.models import LLAMA, T5, ids
 from tests.helpers.oracle import Adapter
 from tests.helpers.threads import run_in_threads
 
@@ -198,7 +198,7 @@ def test_threads_that_serve_one_model():
 
 
 def decode(module) -> None:
-    """Tell a module that is called alone what the model's forward tells: one token for each row."""
+    """Tell a module that is called alone what the model's forward tells: a step of ``generate``."""
     for adapter in module.adapters():
         adapter.packs._decoding.now = True
 
@@ -222,6 +222,36 @@ def test_a_forward_sees_writes_through_data(first, second, grad):
         for tensor in parameters(adapters(model)) | parameters(copies):
             tensor.data.mul_(1.5)
         torch.testing.assert_close(run(model, second), run(simple, second))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("entry", [LLAMA, T5], ids=ids)
+def test_generate_sees_writes_through_data(entry, length):
+    """Also in a decoder whose first step has one token for each row and an empty cache."""
+    base = entry.build().eval()
+    model, other = patched(base).eval(), patched(base, seed=4).eval()
+    prompt = torch.arange(2 * length).view(2, length) + 3
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "output_logits": True, "bos_token_id": 1}
+    options |= {"return_dict_in_generate": True, "use_cache": True, "eos_token_id": None}
+    expected = other.generate(prompt, **options).logits
+    first = model.generate(prompt, **options).logits
+    assert not torch.equal(first[0], expected[0])
+    pairs = zip(rasa_ext.adapter_parameters(model), rasa_ext.adapter_parameters(other), strict=True)
+    for mine, new in pairs:
+        mine.data.copy_(new)
+    for mine, wanted in zip(model.generate(prompt, **options).logits, expected, strict=True):
+        assert torch.equal(mine, wanted)
+
+
+@torch.no_grad()
+def test_one_step_of_time_is_no_step_of_generate():
+    """Such as mono audio, (batch, 1, n), without a cache."""
+    model, simple, copies = chain()
+    model(X[0][:, None])
+    for tensor in parameters(adapters(model)) | parameters(copies):
+        tensor.data.mul_(1.5)
+    torch.testing.assert_close(model(X[0][:, None]), simple(X[0][:, None]))
 
 
 # Optimizers whose kernels do not raise a tensor's version. transformers' Trainer uses the first.
@@ -305,7 +335,7 @@ FORGOTTEN = {
 @pytest.mark.parametrize("kind", ["linear", "experts"])
 @pytest.mark.parametrize("way", [*FORGOTTEN, "replaced"])
 def test_what_packs_are_forgotten_by(way, kind):
-    """A step of one token misses a write through .data, unless one of these drops the pack."""
+    """A step of ``generate`` misses a write through .data, unless one of these drops the pack."""
     if kind == "linear":
         model, *_ = chain()
         module = owner = model[1]
@@ -354,15 +384,18 @@ def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_s
 
 def test_a_capture_packs_each_layer_and_neither_reads_nor_keeps(monkeypatch, packs):
     model, *_ = chain()
-    model.eval()
-    x = X[0][:, None]
+    decode(model.eval()[0])
+
+    def run() -> Tensor:  # the model's own forward would find no cache
+        return functools.reduce(lambda x, layer: layer(x), model, X[0])
+
     with torch.no_grad():
-        expected = model(x)
+        expected = run()
         monkeypatch.setattr(module_of_packs, "_is_capturing", lambda device: True)
-        assert torch.equal(model(x), expected)
+        assert torch.equal(run(), expected)
         assert len(packs) == 1 + 3
         monkeypatch.setattr(module_of_packs, "_is_capturing", lambda device: False)
-        assert torch.equal(model(x), expected)
+        assert torch.equal(run(), expected)
         assert len(packs) == 1 + 3
 
 
