@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.adapter import own_key, saved_tensors
+from rasa_ext.checkpoint.adapter import own_key, pool_key, saved_tensors
 from rasa_ext.checkpoint.files import PREFIX, check_finite, check_tensors, read_adapter
 from rasa_ext.checkpoint.loading import AdapterState
-from rasa_ext.methods.base import checked_number, fresh_A, fresh_B
+from rasa_ext.methods.base import checked_integer, checked_number, fresh_A, fresh_B
 from rasa_ext.methods.patterns import check_pattern, matches_end
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import LayerSpec
@@ -180,16 +180,20 @@ def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterState:
+def import_lora(model: nn.Module, directory: str | os.PathLike[str], k: int = 0) -> AdapterState:
     """Patch a model, in place, with a LoRA that PEFT wrote.
 
-    The adapter equals the LoRA exactly: RaSA with k = 0, diagonals of the LoRA's scale, and the
-    largest rank of any layer. Modules that were trained in full become ``modules_to_save``, trained
+    The adapter equals the LoRA exactly: RaSA with diagonals of the LoRA's scale, and the largest
+    rank of any layer. Modules that were trained in full become ``modules_to_save``, trained
     embedding rows become ``trainable_token_indices``. The LoRA's dropout is used too.
+
+    With k > 0 every layer gives the first k ranks of the LoRA to the group's pool, where the other
+    layers' diagonals are 0. Training goes on at rank r-k+L*k, from the same function.
 
     Args:
         model: an unpatched base model.
         directory: what PEFT's ``save_pretrained`` wrote.
+        k: how many ranks every layer gives to a pool, 0 <= k <= the LoRA's rank.
 
     Returns:
         The adapter with which the model was patched.
@@ -202,29 +206,30 @@ def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterS
         >>> import copy
         >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
         9
-        >>> adapter = rasa_ext.import_lora(model, "lora")
+        >>> adapter = rasa_ext.import_lora(model, "lora", k=1)
         >>> adapter.config.rank, adapter.config.k
-        (9, 0)
+        (9, 1)
     """
-    adapter = convert_lora(model, read_lora(directory), str(directory))
+    adapter = convert_lora(model, read_lora(directory), str(directory), k)
     adapter.install(model)
     return adapter
 
 
 @torch.no_grad()
-def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
-    """Convert a LoRA to the RaSA adapter with k = 0 that computes an equal function.
+def convert_lora(model: nn.Module, lora: Lora, where: str, k: int = 0) -> AdapterState:
+    """Convert a LoRA to a RaSA adapter that computes an equal function.
 
     Args:
         model: the unpatched base, for names and shapes; it may be on the meta device.
         lora: result of ``read_lora``.
         where: start of errors.
+        k: as in ``import_lora``.
 
     Returns:
         The adapter; ``model`` is unchanged.
 
     Raises:
-        ValueError: the LoRA does not fit the model.
+        TypeError, ValueError: the LoRA does not fit the model, or ``k`` the LoRA.
 
     Example:
         >>> import copy
@@ -235,14 +240,14 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
     """
     config = RasaConfig(
         rank=lora.rank,
-        k=0,
+        k=checked_integer("k", k),
         alpha=_alpha(lora),
         dropout=lora.config.get("lora_dropout") or 0.0,
         modules_to_save=_saved_modules(model, lora, where),
         trainable_token_indices=lora.config.get("trainable_token_indices"),
     )
     plan = plan_layers(model, config, lora.shapes, where)
-    tensors = _padded_factors(lora, plan)
+    tensors = _padded_factors(lora, plan, k)
     expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
     expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
     others = {**lora.saved, **lora.rows}
@@ -251,23 +256,35 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
     return AdapterState(plan, tensors)
 
 
-def _padded_factors(lora: Lora, plan: Plan) -> dict[str, Tensor]:
-    """Return the LoRA's factors, padded to one rank with a fresh A and a B of zeros."""
+def _padded_factors(lora: Lora, plan: Plan, k: int) -> dict[str, Tensor]:
+    """Return the LoRA's factors, padded to one rank with a fresh A and a B of zeros.
+
+    The first k ranks of every layer are the pool's, and other layers begin with 0 for them.
+    """
     tensors = {}
     for group in plan.groups:
-        for name in group.names:
+        given = []
+        for index, name in enumerate(group.names):
             B, A = (factor.float() for factor in lora.factors[name])
-            own = A.shape[0]
             spec = LayerSpec(0, len(group.names), *group.shape, A.device)
-            fresh, zeros = (make(lora.rank - own, spec, A.dtype) for make in (fresh_A, fresh_B))
-            tensors[own_key(name, "A")] = torch.cat([A, fresh])
-            tensors[own_key(name, "B")] = torch.cat([B, zeros], 1)
-            tensors[own_key(name, "d")] = A.new_full((lora.rank,), lora.scales[name])
+            fresh, zeros = (make(lora.rank - len(A), spec, A.dtype) for make in (fresh_A, fresh_B))
+            A, B = torch.cat([A, fresh]), torch.cat([B, zeros], 1)
+            d = A.new_zeros(lora.rank - k + k * len(group.names))
+            own = lora.rank - k
+            d[:own] = d[own + index * k : own + index * k + k] = lora.scales[name]
+            tensors[own_key(name, "A")] = A[k:]
+            tensors[own_key(name, "B")] = B[:, k:].contiguous()
+            tensors[own_key(name, "d")] = d
+            given.append((A[:k], B[:, :k]))
+        if k:
+            down, up = zip(*given, strict=True)
+            tensors[pool_key(group.names[0], "A")] = torch.cat(down)
+            tensors[pool_key(group.names[0], "B")] = torch.cat(up, 1)
     return tensors
 
 
 def _alpha(lora: Lora) -> float:
-    """Return an alpha with which a new adapter of k = 0 has the LoRA's scale, if it has one."""
+    """Return an alpha with which a new adapter has the LoRA's scale, if it has one."""
     scales = set(lora.scales.values())
     scale = scales.pop() if len(scales) == 1 else 0.0
     return scale * lora.rank if scale > 0 else 8.0

@@ -10,12 +10,18 @@ from rasa_ext.commands.parsing import Output, Overwrite, check_differs
 
 @command
 def import_lora(
-    lora: Path, *, output: Output, model: str | None = None, overwrite: Overwrite = False
+    lora: Path,
+    *,
+    output: Output,
+    k: int = 0,
+    model: str | None = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a LoRA to a RaSA adapter that computes the same function.
 
     Args:
         lora: Directory of a LoRA in PEFT's format.
+        k: Ranks that every layer gives to a pool, so that training goes on at a higher rank.
         model: Base model: hub id, directory or .gguf. [default: the one that the LoRA names]
     """
     from rasa_ext import Card
@@ -28,9 +34,9 @@ def import_lora(
     read = read_lora(lora)
     name = f"the LoRA `{lora.resolve().name}` of rank {read.rank}"
     card = Card(sections={"Source": f"Computes the same function as {name}."})
-    convert_lora(base, read, str(lora)).save(base, output, card=card)
+    convert_lora(base, read, str(lora), k).save(base, output, card=card)
     copy_tokenizer(lora, output)
     console.print(
-        f"Adapter of k = 0 and rank {read.rank}, for {len(read.factors)} layers in {output}.",
+        f"Adapter of k = {k} and rank {read.rank}, for {len(read.factors)} layers in {output}.",
         markup=False,
     )

@@ -35,7 +35,7 @@ RECORD = "finetune.yaml"  # the file in the output directory with the options of
 
 # The options of a new adapter. With init_adapter they are read from adapter_config.json instead.
 OF_AN_ADAPTER = (
-    *("method", "rank", "k", "rank_pattern", "experts", "alpha", "method_options", "dropout"),
+    *("method", "rank", "rank_pattern", "experts", "alpha", "method_options", "dropout"),
     *("target_modules", "exclude_modules", "modules_to_save"),
 )
 
@@ -88,8 +88,8 @@ class FinetuneOptions:
             <prompt><completion><EOS>, so a space or line break between the two must be in the
             data.
         init_adapter: Directory of an adapter, or of a LoRA that PEFT wrote, to train further.
-            It sets method, rank and layers, so omit those options; a tokenizer saved with it
-            replaces the model's.
+            It sets method, rank and layers, so omit those options. A tokenizer saved with it
+            replaces the model's. With --k a LoRA goes on as a RaSA, from the same function.
         method: The adapter's method: rasa, lora, or another method of rasa_ext.methods or of an
             installed package.
         rank: LoRA rank r per layer.

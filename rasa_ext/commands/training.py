@@ -211,8 +211,11 @@ def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[
         return options.adapter(), {}
     settings, tensors = read_adapter(options.init_adapter)
     if settings.get("peft_type") == "LORA":
-        lora = convert_lora(model, read_lora(options.init_adapter), options.init_adapter)
+        read = read_lora(options.init_adapter)
+        lora = convert_lora(model, read, options.init_adapter, options.k or 0)
         return lora.config, lora.tensors
+    if options.k is not None:
+        raise ValueError(f"k: expected none, as init_adapter has its own, got {options.k}.")
     config = read_method(settings)
     check_loop(config, "init_adapter")
     return config, tensors

@@ -12,7 +12,7 @@ from peft.utils import register_peft_method
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
 from rasa_ext.peft.layer import RasaPeftLinear
-from rasa_ext.peft.lora import export_lora
+from rasa_ext.peft.lora import export_lora, import_lora
 from rasa_ext.peft.model import RasaModel
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.peft_type import RASA
@@ -24,6 +24,7 @@ __all__ = [
     "RasaPeftExperts",
     "RasaPeftLinear",
     "export_lora",
+    "import_lora",
 ]
 
 register_peft_method(

@@ -1,14 +1,16 @@
-"""Export of a PEFT model's adapter as a plain LoRA, like ``rasa_ext.export_lora``."""
+"""LoRAs of PEFT: ``export_lora`` and ``import_lora``, like those of ``rasa_ext``."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 
 from peft import PeftModel
 from torch import nn
 
 from rasa_ext.checkpoint.adapter import task_type
 from rasa_ext.checkpoint.card import PLAIN, Card
+from rasa_ext.checkpoint.lora import convert_lora, read_lora
 from rasa_ext.checkpoint.lora_file import write_lora
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
@@ -62,6 +64,39 @@ def export_lora(
     """
     export = _export_of(model, adapter_name)
     return write_lora(export, directory, expert_layout, rank, format, allow_dropped, card)
+
+
+def import_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    k: int = 0,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Make a PEFT model from a LoRA that PEFT wrote, to train it further as a RaSA.
+
+    Args:
+        model: the base model; it is changed in place, as by ``peft.get_peft_model``.
+        directory, k: as in ``rasa_ext.import_lora``.
+        adapter_name: the adapter's name in the result.
+
+    Returns:
+        The model, whose adapter is trained and computes the LoRA's function.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: for the reasons of ``rasa_ext.import_lora``.
+
+    Example:
+        >>> import copy, peft, rasa_ext.peft
+        >>> lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2))
+        >>> lora.save_pretrained("lora")
+        >>> model = rasa_ext.peft.import_lora(model, "lora", k=1)
+        >>> model.peft_config["default"].r, model.peft_config["default"].rasa_k
+        (2, 1)
+    """
+    state = convert_lora(model, read_lora(directory), str(directory), k)
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(model, folder, card=None)
+        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=True)
 
 
 def _export_of(model: nn.Module, adapter_name: str) -> Export:

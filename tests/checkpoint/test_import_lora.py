@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_ext
+import rasa_ext.peft
 from tests.helpers import oracle
 from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import adapted_layers, adapters
@@ -46,22 +47,46 @@ PATTERNS = {
 }
 
 
+@pytest.mark.parametrize("k", [0, 1, 5])
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
-def test_a_lora_is_imported_exactly(options, tmp_path, figure):
+def test_a_lora_is_imported_exactly(options, k, tmp_path, figure):
     base, theirs = save_entry_lora(LLAMA, tmp_path / "lora", **options)
     before, expected = logits(LLAMA, base.eval()), logits(LLAMA, theirs)
-    found = rasa_ext.import_lora(base, tmp_path / "lora")
+    found = rasa_ext.import_lora(base, tmp_path / "lora", k)
     error = rounding(LLAMA, theirs)
     oracle.assert_close(logits(LLAMA, base.eval()), expected, error)
     assert (expected - before).abs().max() > 1e-2
-    rank = max(a.A.shape[0] for a in adapters(base).values())
-    assert (found.config.k, found.config.rank) == (0, rank)
+    rank = k + max(a.A.shape[0] for a in adapters(base).values())
+    assert (found.config.k, found.config.rank) == (k, rank)
     deltas = lora_changes(theirs)
     assert set(adapted_layers(base)) == set(deltas)
     rasa_ext.save_adapter(base, tmp_path / "again")
     again = rasa_ext.load_adapter(LLAMA.build(), tmp_path / "again")
     oracle.assert_close(logits(LLAMA, again.eval()), expected, error)
-    figure(f"LoRA imported, {sorted(options)}: plain PyTorch's error {error:.1e}")
+    figure(f"LoRA imported, k = {k}, {sorted(options)}: plain PyTorch's error {error:.1e}")
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_a_lora_goes_on_at_the_rank_of_the_pool(k, tmp_path):
+    base, theirs = save_entry_lora(LLAMA, tmp_path)
+    rasa_ext.import_lora(base, tmp_path, k=k)
+    by_peft = rasa_ext.peft.import_lora(LLAMA.build(), tmp_path, k)
+    expected = lora_changes(theirs)
+    for model in (base, by_peft.base_model.model):
+        LLAMA.loss(model.train(), LLAMA.inputs(0))[1].backward()
+        for name, adapter in adapters(model).items():
+            torch.testing.assert_close(oracle.delta(adapter), expected[name], rtol=1e-6, atol=1e-6)
+            assert adapter.d.shape == (5 - k + 3 * k,)
+            assert all(p.grad.any() for p in (adapter.B_pool, adapter.A_pool))
+            assert (adapter.d.grad != 0).all()
+            own = adapter.d.detach() != 0
+            assert torch.equal(adapter.d[own], adapter.d.new_full((5,), 8 / 5))
+
+
+@pytest.mark.parametrize(("k", "kind"), [(6, ValueError), (-1, ValueError), (1.0, TypeError)])
+def test_a_k_that_no_layer_can_give_is_refused(k, kind, tmp_path):
+    base, _ = save_entry_lora(LLAMA, tmp_path)
+    refused(lambda: rasa_ext.import_lora(base, tmp_path, k), base, "^k: ", kind=kind)
 
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)

@@ -121,10 +121,11 @@ def test_import_official(base, tuned, expected, tmp_path):
     torch.testing.assert_close(logits(ours.eval()), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_import_lora(base, tmp_path):
+@pytest.mark.parametrize(("k", "options"), [(0, ()), (2, ("--k", 2))])
+def test_import_lora(k, options, base, tmp_path):
     lora = save_lora(base, tmp_path / "lora")
-    text = invoke("import-lora", lora, "--output", tmp_path / "ours")
-    assert f"of k = 0 and rank 6, for 4 layers in {tmp_path / 'ours'}" in text
+    text = invoke("import-lora", lora, "--output", tmp_path / "ours", *options)
+    assert f"of k = {k} and rank 6, for 4 layers in {tmp_path / 'ours'}" in text
     told = "Computes the same function as the LoRA `lora` of rank 6."
     assert told in (tmp_path / "ours" / "README.md").read_text()
     model = rasa_ext.load_adapter(load(base), tmp_path / "ours").eval()

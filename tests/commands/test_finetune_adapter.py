@@ -53,21 +53,26 @@ def options(folder, tmp_path) -> FinetuneOptions:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [("rasa", "RaSA, rank 6, k 2"), ("lora", "LoRA, rank 3"), ("peft", "RaSA, rank 6, k 0")],
+    ("name", "k", "said"),
+    [
+        ("rasa", None, "RaSA, rank 6, k 2"),
+        ("lora", None, "LoRA, rank 3"),
+        ("peft", None, "RaSA, rank 6, k 0"),
+        ("peft", 2, "RaSA, rank 6, k 2"),
+    ],
 )
-def test_an_adapter_is_trained_on_from_what_it_computes(name, said, folder, options):
+def test_an_adapter_is_trained_on_from_what_it_computes(name, k, said, folder, options):
     before, start = load(folder / "base"), folder / name
     read = PeftModel.from_pretrained if name == "peft" else rasa_ext.load_adapter
     expected = logits(read(before, start).eval())
     dense = read(load(folder / "base"), start).eval()
     dense = dense.merge_and_unload() if name == "peft" else rasa_ext.merge_and_unload(dense)
     error = oracle.rounding(dense, logits)
-    text = run(options, init_adapter=str(start), lr=STILL, max_steps=1)[1]
+    text = run(options, init_adapter=str(start), k=k, lr=STILL, max_steps=1)[1]
     assert f"Starting from {start}: {said}." in text
     model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
     oracle.assert_close(logits(model), expected, error)
-    _, again = run(options, init_adapter=str(start), overwrite=True)
+    _, again = run(options, init_adapter=str(start), k=k, overwrite=True)
     assert losses(options.output)[-1][1] < losses(options.output)[0][1]
     assert said in again
     model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
@@ -104,6 +109,7 @@ def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path):
 
 OWN = [
     ({"rank": 4}, "rank: expected none, as init_adapter has its own, got"),
+    ({"k": 1}, "k: expected none, as init_adapter has its own, got 1"),
     ({"method": "lora"}, "method: expected none, as init_adapter has its own, got 'lora'"),
     ({"modules_to_save": "norm"}, "modules_to_save: expected none, as init_adapter"),
     ({"init_adapter": "base"}, "init_adapter: expected an adapter's directory, but .*base hol"),

@@ -12,6 +12,8 @@ import functools
 import importlib
 import importlib.util
 import io
+import itertools
+import math
 import os
 import re
 import shlex
@@ -54,6 +56,7 @@ BLOCK = re.compile(
 FILE = re.compile(r"# (\w[\w-]*\.(?:py|yaml))\n")
 NOT_RUN = re.compile(r"^# Not run by the tests: \S.*\n", re.MULTILINE)
 PROGRESS = re.compile(r"^(step \d+/|\d+ of \d+ questions).*\n", re.MULTILINE)
+MEASURED = re.compile(r"\d+\.\d+(?:e[-+]?\d+)?")
 NUMBER = re.compile(r"\d[\d,.]*(e[-+]?\d+)?|---+")
 
 
@@ -174,10 +177,20 @@ def run(page: Path, programs: Path, models: Path, server: tuple[str, str] = ("",
 
 def is_shown(shown: str, printed: str, exactly: bool) -> bool:
     if exactly:
-        return shown.split() == printed.split()
+        pairs = itertools.zip_longest(shown.split(), printed.split(), fillvalue="")
+        return all(map(alike, *zip(*pairs, strict=True)))
     shown = PROGRESS.sub("", shown).replace("\n...\n", "\n")
     words = iter(NUMBER.sub("#", printed).split())
     return all(word in words for word in NUMBER.sub("#", shown).split())
+
+
+def alike(shown: str, printed: str) -> bool:
+    """Return whether words are equal; numbers with a point, which are trained, may differ a bit."""
+    ours, theirs = (MEASURED.findall(word) for word in (shown, printed))
+    if MEASURED.sub("#", shown) != MEASURED.sub("#", printed):
+        return False
+    pairs = zip(map(float, ours), map(float, theirs), strict=True)
+    return all(math.isclose(a, b, rel_tol=0.1, abs_tol=0.01) for a, b in pairs)
 
 
 def commands(text: str) -> list[list[str]]:
