@@ -67,6 +67,28 @@ def pool() -> Figure:
     return figure
 
 
+def start() -> Figure:
+    """Draw where d starts, for four layers of rank 4."""
+    layers, rank, k = 4, 4, 1
+    own = rank - k
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 2.7), layout="constrained")
+    for layer in range(layers):
+        y = layers - layer
+        axes.text(-0.4, y + 0.4, f"layer {layer + 1}", ha="right", va="center")
+        for column in range(effective_rank(layers, rank, k)):
+            given = column < own or column - own == layer
+            x = column + 0.5 * (column >= own)
+            color = PRIVATE if column < own else POOL
+            square(axes, x, y, color, alpha=1 if given else 1 / layers)
+            text = "1" if given else f"1/{layers}"
+            axes.text(x + 0.4, y + 0.4, text, ha="center", va="center", fontsize=9)
+    axes.text(own / 2 - 0.1, 0.5, "own ranks", ha="center", va="center")
+    axes.text(own + 0.4 + layers / 2, 0.5, "the pool", ha="center", va="center")
+    axes.set(xlim=(-2.2, 7.6), ylim=(0.1, layers + 0.9), aspect="equal")
+    axes.axis("off")
+    return figure
+
+
 def matrices() -> Figure:
     """Draw dW_i as a product of three matrices."""
     figure, axes = pyplot.subplots(figsize=(WIDTH, 2.6), layout="constrained")
@@ -291,6 +313,7 @@ def best_seeds(task: str, steps: str, method: str) -> list[dict[str, float]]:
 
 PICTURES = {
     "pool": pool,
+    "start": start,
     "matrices": matrices,
     "ranks": ranks,
     "flow": flow,
@@ -317,9 +340,9 @@ def draw_all() -> dict[str, str]:
     return drawn
 
 
-def square(axes: Axes, x: float, y: float, color: str) -> None:
+def square(axes: Axes, x: float, y: float, color: str, alpha: float = 1) -> None:
     """Draw one rank."""
-    axes.add_patch(Rectangle((x, y), 0.8, 0.8, facecolor=color))
+    axes.add_patch(Rectangle((x, y), 0.8, 0.8, facecolor=color, alpha=alpha))
 
 
 def block(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, cast
 
@@ -27,6 +26,18 @@ from rasa_ext.nn.adapter import LayerSpec
 GROUPINGS = ("slot", "layer", "shared")
 """Which experts share a pool."""
 STARTS = ("lora", "paper")
+
+
+class _Filled:
+    """A number that a config filled in, and fills in anew after ``dataclasses.replace``."""
+
+
+class _FilledScale(_Filled, float):
+    pass
+
+
+class _FilledCount(_Filled, int):
+    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +78,10 @@ class RasaConfig(AdapterConfig):
     )
     start: str = option(
         "lora",
-        "Where the diagonal starts. 'lora': at LoRA's scale alpha/r, and at alpha/max(r, "
-        "k*cbrt(L)) for pooled ranks, so that LoRA's learning rates fit. 'paper': at alpha/2/(r-k) "
-        "for private ranks and alpha/2/(L*k) for pooled ranks.",
+        "Where the diagonal starts. 'lora': at LoRA's scale alpha/r for private ranks and for the "
+        "k that the layer gave to the pool, and at alpha/r/L for those that other layers gave, so "
+        "that training begins like LoRA's. 'paper': at alpha/2/(r-k) for private ranks and "
+        "alpha/2/(L*k) for pooled ranks.",
     )
     rank_pattern: Counts = option(
         (),
@@ -89,13 +101,16 @@ class RasaConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Check every field and convert it to the canonical form."""
         checked_choice("start", self.start, STARTS)
-        if self.alpha is None:
+        filled = [n for n in ("alpha", "k") if isinstance(getattr(self, n), _Filled | None)]
+        if "alpha" in filled:
             self._set(alpha=8 if self.start == "paper" else self.rank)
         super().__post_init__()
-        k = max(self.rank // 8, 1) if self.k is None else checked_integer("k", self.k)
+        k = max(self.rank // 8, 1) if "k" in filled else checked_integer("k", self.k)
         if not 0 <= k <= self.rank:
             raise ValueError(f"k: expected 0 <= k <= rank (rank is {self.rank}), got {k}.")
-        self._set(k=k)
+        self._set(k=_FilledCount(k) if "k" in filled else k)
+        if "alpha" in filled:
+            self._set(alpha=_FilledScale(cast(float, self.alpha)))
         for pattern, rank in dict(self.rank_pattern).items():
             if not isinstance(pattern, str) or not pattern:
                 raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")
@@ -113,7 +128,7 @@ class RasaConfig(AdapterConfig):
         stack = (spec.experts,) if spec.experts else ()
         d = torch.empty((*stack, own + pooled), dtype=dtype, device=spec.device)
         if not d.is_meta:  # meta: only the shapes matter
-            d.copy_(self.diagonal(own, pooled))
+            d.copy_(self.diagonal(spec))
         A, B = fresh_A(own, spec, dtype, stack), fresh_B(own, spec, dtype, stack)
         return {"A": A, "B": B, "d": nn.Parameter(d)}
 
@@ -142,8 +157,11 @@ class RasaConfig(AdapterConfig):
 
     def pool_size(self, spec: LayerSpec) -> int:
         """Return the ranks of a layer's pool: k for each layer, or expert, that shares the pool."""
-        by_layer = self.grouping_of_experts == "layer" and spec.experts
-        return self.ranks(spec.experts if by_layer else spec.num_layers)[1]
+        return self.ranks(spec.experts if self._by_expert(spec) else spec.num_layers)[1]
+
+    def _by_expert(self, spec: LayerSpec) -> bool:
+        """Return whether experts of one layer, and not layers, give ranks to the pool."""
+        return self.grouping_of_experts == "layer" and bool(spec.experts)
 
     def check_layers(self, names: Collection[str]) -> None:
         """Raise ValueError if a pattern of ``rank_pattern`` matches no adapted layer."""
@@ -154,19 +172,24 @@ class RasaConfig(AdapterConfig):
                     f"but {pattern!r} matches none of {len(names)}, such as {next(iter(names))!r}."
                 )
 
-    def diagonal(self, own: int, pooled: int) -> Tensor:
-        """Return a layer's initial d: (own + pooled,) float32, private entries first."""
-        entries = zip((own, pooled), self.entries(own, pooled), strict=True)
-        return torch.cat([torch.full((count,), value) for count, value in entries])
+    def diagonal(self, spec: LayerSpec) -> Tensor:
+        """Return a layer's initial d, float32, private entries first; see ``start``.
 
-    def entries(self, own: int, pooled: int) -> tuple[float, float]:
-        """Return the initial entry of d for a private and for a pooled rank; see ``start``."""
-        alpha, k = cast(float, self.alpha), cast(int, self.k)
+        (own + pooled,), or (experts, own + pooled) if the experts of a layer share a pool.
+        """
+        (own, pooled), alpha, k = self.ranks_at(spec), cast(float, self.alpha), cast(int, self.k)
         if self.start == "paper":
             share = alpha / 2 if pooled else alpha
-            return share / max(own, 1), share / max(pooled, 1)
-        rank, layers = max(own + k, 1), pooled / max(k, 1)
-        return alpha / rank, alpha / max(rank, k * math.cbrt(layers))
+            entries = ((own, share / max(own, 1)), (pooled, share / max(pooled, 1)))
+            return torch.cat([torch.full((count,), value) for count, value in entries])
+        scale = alpha / max(own + k, 1)
+        givers = range(spec.experts) if self._by_expert(spec) else (spec.index,)
+        d = torch.full((len(givers), own + pooled), scale)
+        for row, giver in zip(d, givers, strict=True):
+            given = slice(own + giver * k, own + giver * k + k)
+            row[own:] *= k / max(pooled, 1)  # 1 / L: all others together begin as large as one
+            row[given] = scale
+        return d if self._by_expert(spec) else d[0]
 
 
 document_fields(RasaConfig)

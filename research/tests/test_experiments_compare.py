@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -22,10 +23,18 @@ from rasa_research.ranks import hidden_dimensions, intrinsic_ranks
 from research.experiments.compare import config as compare_config
 from research.experiments.compare import curves, report, run, step_time
 from research.experiments.compare.config import BASE, REFERENCE, Key, pending, read_config
-from research.experiments.compare.methods import between, groups, optimizer, planned, prepared
+from research.experiments.compare.methods import (
+    between,
+    groups,
+    optimizer,
+    planned,
+    prepared,
+    targets,
+)
 from research.experiments.compare.run import make_run
 from research.experiments.table import Table
 from research.experiments.training import Recipe, Run
+from tests.helpers.adapters import same_adapters
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 
 pytest.importorskip("peft")
@@ -310,15 +319,20 @@ def test_long_comparisons_of_two_tasks_are_alike():
 
 
 def test_rates_are_compared_at_the_default_start():
-    methods = read_config(compare_config.HERE / "gsm8k_rule.yaml").methods
+    methods = read_config(compare_config.HERE / "gsm8k_own_start.yaml").methods
     started = [spec for spec in methods.values() if spec["kind"] == "started"]
     assert len(started) == 14
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 64}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
     for spec in started:
-        config = rasa_ext.RasaConfig(rank=spec["rank"], k=spec["k"])
-        own, pooled = config.ranks(len(spec.get("blocks", range(30))))
-        private, shared = spec["start"]
-        expected = torch.tensor([private] * own + [shared] * pooled)
-        torch.testing.assert_close(config.diagonal(own, pooled), expected, rtol=2e-4, atol=0)
+        blocks = {"blocks": [1, 2]} if "blocks" in spec else {}
+        found = prepared(base, spec | blocks, 0, bfloat16=False)
+        torch.manual_seed(0)
+        config = rasa_ext.RasaConfig(
+            rank=spec["rank"], k=spec["k"], target_modules=targets(spec | blocks)
+        )
+        expected = rasa_ext.patch_model(copy.deepcopy(base), config=config)
+        assert same_adapters(found, expected)
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k_small"])

@@ -142,16 +142,23 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
     return list(found.values())
 
 
-def initial_d(rank: int, k: int, layers: int, alpha: float, start: str = "lora") -> Tensor:
-    """Return d (R,) at the start: private ranks, then pool ranks.
+def initial_d(
+    rank: int, k: int, layers: int, index: int, alpha: float, start: str = "lora"
+) -> Tensor:
+    """Return d (R,) of a layer at the start: private ranks, then pool ranks.
 
-    Like LoRA's scale: alpha / r, and alpha / max(r, k cbrt(L)). As in the official code:
-    alpha / 2 / (r - k), and alpha / 2 / (L k), even if k = r, but alpha / r without a pool.
+    Like LoRA's scale: alpha / r on private ranks and on the k that the layer gave, alpha / r / L on
+    those of others. As in the official code: alpha / 2 / (r - k), and alpha / 2 / (L k), even if
+    k = r, but alpha / r without a pool.
     """
-    own, pooled = alpha / rank, min(alpha / rank, alpha / max(k, 1) * layers ** (-1 / 3))
     if start == "paper" and k:
-        own, pooled = alpha / 2 / max(rank - k, 1), alpha / 2 / (layers * k)
-    return torch.tensor([own] * (rank - k) + [pooled] * (layers * k), dtype=torch.float64)
+        own, pooled = [alpha / 2 / max(rank - k, 1)], [alpha / 2 / (layers * k)] * layers
+    else:
+        own, pooled = (
+            [alpha / rank],
+            [alpha / rank / (1 if i == index else layers) for i in range(layers)],
+        )
+    return torch.tensor(own * (rank - k) + [x for x in pooled for _ in range(k)]).double()
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) -> int:

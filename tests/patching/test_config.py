@@ -1,7 +1,9 @@
 """RasaConfig: arguments, choice of layers, frozen parameters, and ``summary``."""
 
+import copy
 import dataclasses
 import inspect
+import json
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import RasaConfig
+from rasa_ext.peft import RasaConfig as PeftRasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapted_layers
 from tests.helpers.models import BERT, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
@@ -73,6 +76,19 @@ def test_a_file_tells_its_start_and_has_the_papers_if_it_does_not(start):
     assert RasaConfig.from_dict(written) == RasaConfig(start=start)
     written.pop("rasa_start", None)
     assert RasaConfig.from_dict(written) == RasaConfig(start="paper")
+
+
+def test_what_was_not_given_follows_after_a_replacement():
+    for config in (RasaConfig(rank=64, k=None), copy.deepcopy(RasaConfig(rank=64, k=None))):
+        assert (config.alpha, config.k) == (64, 8)
+        smaller = dataclasses.replace(config, rank=16)
+        assert (smaller.alpha, smaller.k) == (16, 2)
+        assert dataclasses.replace(smaller, start="paper").alpha == 8
+    given = dataclasses.replace(RasaConfig(rank=64, k=8, alpha=64), rank=16)
+    assert (given.alpha, given.k) == (64, 8)
+    by_peft = dataclasses.replace(PeftRasaConfig(r=64), r=16)
+    assert (by_peft.rasa_alpha, by_peft.rasa_k) == (16, 2)
+    assert json.loads(json.dumps(RasaConfig(rank=64).to_dict()))["rasa_alpha"] == 64
 
 
 PATTERN = r"model\.layers\.[12]\..*\.(q|v)_proj"

@@ -123,9 +123,9 @@ def test_initial_values(k, alpha, start):
     base = nested({f"l.{i}.fc": (50, 400) for i in range(3)})
     model = rasa_ext.patch_model(base, RANK, k, alpha=alpha, start=start)
     alpha = alpha or {"lora": RANK, "paper": 8}[start]
-    expected = oracle.initial_d(RANK, k, 3, alpha, start)
     bound = 400**-0.5
-    for layer in adapted_layers(model).values():
+    for index, layer in enumerate(adapted_layers(model).values()):
+        expected = oracle.initial_d(RANK, k, 3, index, alpha, start)
         torch.testing.assert_close(layer.d.double(), expected, rtol=1e-6, atol=0)
         factors = [(layer.A, layer.B)]
         if layer.pool is not None:

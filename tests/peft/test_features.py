@@ -61,7 +61,8 @@ def test_the_configs_dtype_holds_over_any_base(tmp_path):
     model = get_peft_model(make_model().bfloat16(), RasaConfig(r=RANK, rasa_alpha=3.3))
     assert model(TOKENS).logits.dtype == torch.bfloat16
     for layer in layers(model).values():
-        assert torch.equal(layer.rasa_d["default"], oracle.initial_d(RANK, 1, 2, 3.3).float())
+        expected = oracle.initial_d(RANK, 1, 2, layer.adapter().spec.index, 3.3)
+        torch.testing.assert_close(layer.rasa_d["default"].double(), expected, rtol=1e-6, atol=0)
     model.add_adapter("second", RasaConfig(r=2, adapter_dtype="bfloat16"))
     assert dtypes(model, "default") == {torch.float32}
     assert dtypes(model, "second") == {torch.bfloat16}

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,11 @@ class GatedRasaConfig(RasaConfig):
         None,
         "Number of the r ranks that every layer gives to the group's shared pool, as in RaSA. None "
         "means max(rank // 8, 1).",
+    )
+    start: str = option(
+        "paper",
+        "Where the diagonal starts, as in RaSA. With 'paper' every gate starts at one, with 'lora' "
+        "the gates of ranks that other layers gave start at 1/L.",
     )
     gate_threshold: float | None = option(
         None,
@@ -151,8 +156,10 @@ class GatedRasaConfig(RasaConfig):
         return slice(own, own + pooled)
 
     def gate_scale(self, num_layers: int) -> float:
-        """Return the initial entry of d for a pooled rank; a gate is an entry divided by it."""
-        return self.entries(*self.ranks(num_layers))[1]
+        """Return where d starts on a rank that the layer gave; a gate is an entry divided by it."""
+        if self.start == "lora":
+            return cast(float, self.alpha) / self.rank
+        return cast(float, self.alpha) / 2 / max(num_layers * cast(int, self.k), 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -42,9 +42,9 @@ class SoraConfig(GatedRasaConfig):
     )
     alpha: float = option(16.0, "The scale s is alpha / r.")
 
-    def diagonal(self, own: int, pooled: int) -> Tensor:
+    def diagonal(self, spec: LayerSpec) -> Tensor:
         """Draw d = s g with g from N(0, 1)."""
-        return torch.randn(own + pooled) * (self.alpha / self.rank)
+        return torch.randn(sum(self.ranks_at(spec))) * (self.alpha / self.rank)
 
     def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
         """Return factors for d, so it moves like s g under Adam: s on the rate, 1/s on epsilon."""
