@@ -27,12 +27,13 @@ KINDS = {
 }
 """Kinds of methods and the keys that each needs besides "rates".
 
-"started" is RaSA with "start": the initial entries of d, for private ranks and for pooled ranks.
+"started" is RaSA with "start": the initial entries of d, for private ranks and for pooled ranks; or
+for private ranks, for the k ranks that the layer gave to the pool, and for the ranks of others.
 "peft" is a method of PEFT by name, with the options of its config, over all linear layers.
 "ours" is a method of ``rasa_ext.methods`` by name. Its "options" are those of its config, and its
 "steps" configure the work between optimizer steps: see ``methods.between``.
 """
-OPTIONS = {"lora": ("ranks", "blocks"), "started": ("blocks",), "ours": ("optimizer",)}
+OPTIONS = {"lora": ("ranks", "blocks"), "started": ("blocks", "targets"), "ours": ("optimizer",)}
 """Optional keys of some kinds; every kind may also have "share" and "against".
 
 "ranks": plan the ranks by ``methods.planned``. "blocks": adapt these blocks only. "optimizer":

@@ -47,7 +47,7 @@ def prepared(
         model = rasa_ext.patch_model(
             model, rank=spec["rank"], k=spec["k"], target_modules=targets(spec)
         )
-        return _started(model, spec["rank"] - spec["k"], *spec["start"])
+        return _started(model, spec["k"], *spec["start"])
     if spec["kind"] == "ours":
         kind = method_named(spec["method"])
         config = kind(**{**kind.absent, **spec["options"]})  # the paper's start, unless given
@@ -69,19 +69,30 @@ def prepared(
     return get_peft_model(model, config)
 
 
-def targets(spec: Mapping[str, Any]) -> str:
-    """Return the layers to adapt: all linear ones, or those of the blocks that ``blocks`` lists."""
+def targets(spec: Mapping[str, Any]) -> Any:
+    """Return the layers to adapt: those of ``blocks``, ``targets``, or all linear ones."""
     if "blocks" not in spec:
-        return "all-linear"
+        return spec.get("targets", "all-linear")
     return rf".*\.layers\.({'|'.join(map(str, spec['blocks']))})\..*_proj"
 
 
 @torch.no_grad()
-def _started(model: Any, own: int, private: float, pooled: float) -> Any:
-    """Set the diagonals of a patched model whose layers have ``own`` private ranks."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(".d"):
-            parameter[:own], parameter[own:] = private, pooled
+def _started(
+    model: Any, k: int, private: float, given: float, others: float | str | None = None
+) -> Any:
+    """Set the diagonals of a patched model: private ranks, the k ranks given to the pool, others.
+
+    ``others`` is that of the ranks that the other layers gave: by default ``given``, and with
+    "1/L" one over the layers that share the pool.
+    """
+    for module in model.modules():
+        if isinstance(module, rasa_ext.RasaLinear):
+            d, spec = module.d, module.spec
+            own = len(d) - spec.num_layers * k
+            at = own + spec.index * k
+            rest = given if others is None else others
+            d[:own], d[own:] = private, 1 / spec.num_layers if rest == "1/L" else rest
+            d[at : at + k] = given
     return model
 
 

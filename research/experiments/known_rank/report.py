@@ -36,7 +36,7 @@ def rank_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str,
         for line in paired_table(config, rows, task)
         if "held-out loss" in line
     }
-    ranks = {int(spec["options"]["rank"]) for spec in config.methods.values()}
+    ranks = {int(spec.get("options", spec)["rank"]) for spec in config.methods.values()}
     result = []
     for rank in sorted(ranks):
         shared, lora, apart = (
