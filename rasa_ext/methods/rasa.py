@@ -185,10 +185,9 @@ class RasaConfig(AdapterConfig):
         scale = alpha / max(own + k, 1)
         givers = range(spec.experts) if self._by_expert(spec) else (spec.index,)
         d = torch.full((len(givers), own + pooled), scale)
+        d[:, own:] *= k / max(pooled, 1)  # 1 / L: all others together begin as large as one
         for row, giver in zip(d, givers, strict=True):
-            given = slice(own + giver * k, own + giver * k + k)
-            row[own:] *= k / max(pooled, 1)  # 1 / L: all others together begin as large as one
-            row[given] = scale
+            row[own + giver * k : own + giver * k + k] = scale
         return d if self._by_expert(spec) else d[0]
 
 

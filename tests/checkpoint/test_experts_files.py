@@ -86,9 +86,9 @@ def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     assert [name.rpartition(".")[2] for name in stacked] == [up, "down_proj"]
     loaded = load_in_peft(plain, tmp_path)
     assert wrappers(loaded) == set(changes(model))
-    expected = logits(model)
-    oracle.assert_close(logits(loaded), expected, oracle.rounding(loaded, logits))
-    difference = (logits(loaded) - expected).abs().max().item()
+    found, expected = logits(loaded), logits(model)
+    oracle.assert_close(found, expected, oracle.rounding(loaded, logits))
+    difference = (found - expected).abs().max().item()
     assert (logits(plain) - expected).abs().max() > 1e-2
     figure(f"experts of {family} {grouping} in PEFT: difference of logits {difference:.1e}")
 
