@@ -26,6 +26,17 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_dtensor(tensor) or is_of_zero_3(tensor) or hasattr(tensor, "_fsdp_flattened")
 
 
+def check_sharded_together(own: Iterable[Tensor], pool: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if an engine shards a layer's tensors, but not those of the pool."""
+    if any(map(is_sharded, own)) and not all(map(is_sharded, pool)):
+        raise RuntimeError(
+            "expected an engine that shards layers together with the pool that they share, but it "
+            "shards only the layers, so each process would train a pool of its own; wrap the "
+            "module around the layers too, which has the rasa_pool parameters, or the whole model: "
+            "fully_shard(model)."
+        )
+
+
 def is_whole(matrix: Tensor) -> bool:
     """Return whether a matrix or stack is whole now; FSDP1 and ZeRO-3 leave a flat piece."""
     return matrix.dim() >= 2 and not is_dtensor(matrix)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rasa_ext._version import __version__
 from rasa_ext.base_layers.linear import is_conv1d
-from rasa_ext.base_layers.sharded import gathered, reshard, whole
+from rasa_ext.base_layers.sharded import check_sharded_together, gathered, reshard, whole
 from rasa_ext.checkpoint.card import PLAIN, Card, adapter_card, write_card
 from rasa_ext.checkpoint.files import PREFIX, write_files
 from rasa_ext.nn.adapter import Adapter
@@ -162,6 +162,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     check_merge_is_current(root)
     _check_in_place(plan, layers)
     adapters = {name: layers[name].adapter() for group in plan.groups for name in group.names}
+    for adapter in adapters.values():
+        check_sharded_together(adapter.own.values(), adapter.pool.values())
     tensors, by_hand = keyed(adapters), trained_by_hand(root)
     if merged := [name for name in by_hand if state.merged is not None and ".base_layer." in name]:
         raise RuntimeError(

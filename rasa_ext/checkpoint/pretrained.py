@@ -25,7 +25,6 @@ from rasa_ext.checkpoint.adapter import adapter_tensors, names_in_state, save_ad
 from rasa_ext.checkpoint.card import PLAIN
 from rasa_ext.checkpoint.files import check_tensors
 from rasa_ext.patching.state import (
-    POOLS,
     PatchState,
     adapted_experts,
     adapted_layers,
@@ -215,7 +214,7 @@ def _plain_state(root: nn.Module, state: Mapping[str, Tensor] | None) -> dict[st
     layers = [f"{name}." for name, _ in adapted]
     plain = {}
     for key, tensor in (root.state_dict() if state is None else state).items():
-        if key.startswith(f"{POOLS}."):
+        if key.rpartition(".")[2].startswith("rasa_pool_"):
             continue
         prefix = next((layer for layer in layers if key.startswith(layer)), None)
         if prefix is None:

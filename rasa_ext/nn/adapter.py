@@ -101,13 +101,16 @@ class Adapter(NamedTuple):
         if A_pool is None or B_pool is None:
             return factors
         if A_pool.is_meta and not A.is_meta:
-            raise RuntimeError(
-                "expected the pool of a group of layers on a device, but it is offloaded; call "
-                "accelerate.cpu_offload, disk_offload or dispatch_model before patching."
-            )
+            raise RuntimeError(OFFLOADED)
         if A_pool.device != A.device or A_pool.dtype != A.dtype:
             return Factors(A, A_pool.to(A), B, B_pool.to(A), d)
         return factors
+
+
+OFFLOADED = (
+    "expected an adapter on a device, but it is offloaded; call accelerate.cpu_offload, "
+    "disk_offload or dispatch_model before the model is adapted."
+)
 
 
 def check_whole(**matrices: Tensor | None) -> None:

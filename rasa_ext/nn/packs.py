@@ -17,15 +17,20 @@ from operator import methodcaller
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from rasa_ext import ops
-from rasa_ext.base_layers.sharded import gather, is_sharded
-from rasa_ext.nn.adapter import Adapter, Packed
+from rasa_ext.base_layers.sharded import check_sharded_together, gather, is_sharded
+from rasa_ext.nn.adapter import OFFLOADED, Adapter, Packed
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.precision import is_sharing, restored
 from rasa_ext.ops import Factors
@@ -43,6 +48,22 @@ def _stepped(*_: Any) -> None:
 
 # Fused optimizers of torch and bitsandbytes write without raising a tensor's version.
 register_optimizer_step_post_hook(_stepped)
+
+_sharded: weakref.WeakSet[PackSet] = weakref.WeakSet()
+"""Sets of layers that an engine shards, and that no optimizer has stepped yet."""
+
+
+def _check_pools(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Raise RuntimeError before the first step if an engine left a pool out."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    while _sharded:
+        for adapter in _sharded.pop().adapters():
+            # An engine steps shards, even while a gathered pool is in the place of its shard.
+            left_out = [tensor for tensor in adapter.pool.values() if id(tensor) in stepped]
+            check_sharded_together(adapter.own.values(), left_out)
+
+
+register_optimizer_step_pre_hook(_check_pools)
 
 
 class PackSet:
@@ -80,6 +101,7 @@ class PackSet:
         self._computed = False
         # An engine may leave layers gathered, and still reduce gradients layer by layer.
         self._sharded = False
+        self._ddp: Callable[[], Any] = lambda: None  # the last one that ran
 
     def join(self, index: int, owner: nn.Module) -> None:
         """Make ``owner`` the group's layer number ``index``."""
@@ -139,6 +161,7 @@ class PackSet:
                 sources = adapter.sources()
                 if any(map(is_sharded, sources)):
                     self._sharded = True
+                    _sharded.add(self)
                     return {}
                 if sources[0].device == device and not any(map(Tensor.is_inference, sources)):
                     layers[index] = sources, adapter.factors()
@@ -152,12 +175,16 @@ class PackSet:
         The result is empty if the layer is not of the group.
         """
         cache = _PackCache(adapter.spec.index)
+        if device.type == "meta" and any("_hf_hook" in vars(m) for m in adapter.owner.modules()):
+            raise RuntimeError(OFFLOADED)
         if torch.is_grad_enabled() and adapter.sources()[0].dtype != adapter.config.adapter_dtype:
             self._restore(adapter)
         member = self._members.get(adapter.spec.index)
         if member is None or member() is not adapter.owner:
             return cache
         layers = self._layers(device)
+        if layers:
+            self._check_averaged(adapter)
         if only:
             layers = {key: layers[key] for key in layers if key == adapter.spec.index}
         for index, (sources, _) in layers.items():
@@ -177,13 +204,38 @@ class PackSet:
             cache.made = stream, stream.record_event()
         return cache
 
+    def adapters(self) -> list[Adapter]:
+        """Return the adapters of all layers that still exist."""
+        owners = (member() for member in self._members.values())
+        return [self._ask(owner) for owner in owners if owner is not None]
+
     def _restore(self, adapter: Adapter) -> None:
         """Restore dtypes in all layers; copies that FSDP casts for the computation stay."""
         if not is_sharing():
-            owners = (member() for member in self._members.values())
-            others = (self._ask(owner) for owner in owners if owner is not None)
-            for of_layer in (adapter, *others):
+            for of_layer in (adapter, *self.adapters()):
                 restored(of_layer.sources(), of_layer.config.adapter_dtype)
+
+    def _check_averaged(self, adapter: Adapter) -> None:
+        """Raise RuntimeError if several processes would train a pool each on its own."""
+        if not torch.is_grad_enabled() or not is_sharing() or dist.get_world_size() == 1:
+            return
+        pool = [tensor for tensor in adapter.pool.values() if tensor.requires_grad]
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None:
+            if pool and len(self.adapters()) < adapter.spec.num_layers:
+                raise RuntimeError(
+                    "expected all layers that share a pool in this process, as several processes "
+                    "train, but some are gone, as in a stage of a pipeline, which is not "
+                    "supported; use FSDP, or pass groups= to share pools within a stage."
+                )
+        elif ddp is not self._ddp():
+            if not set(map(id, pool)) <= set(map(id, ddp.parameters())):
+                raise RuntimeError(
+                    "expected DistributedDataParallel around a module that has the pool of the "
+                    "layers inside, but it would average only the layers; wrap the module around "
+                    "all layers, which has the rasa_pool parameters, or the whole model."
+                )
+            self._ddp = weakref.ref(ddp)
 
     def _link(
         self, cache: _PackCache, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]

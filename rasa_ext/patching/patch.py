@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.packs import Decoding, PackSet
-from rasa_ext.nn.rasa import ContainerPool, RasaLinear, RasaPool, SplitRasaLinear
+from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.state import POOLS, STATE, PatchState, patch_state, pools, unwrap
+from rasa_ext.patching.resume import refuse_older
+from rasa_ext.patching.state import STATE, PatchState, owners, patch_state, pools, unwrap
 from rasa_ext.patching.swap import (
+    home_of,
     link_layers,
     prepare_model,
     replace_modules,
@@ -30,8 +33,6 @@ from rasa_ext.patching.swap import (
 )
 from rasa_ext.patching.targets import Plan, make_plan, suffixes
 from rasa_ext.patching.tokens import make_modules
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def check_unpatched(model: nn.Module) -> None:
@@ -116,15 +117,14 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
-    pool_kind = ContainerPool if isinstance(model, CONTAINERS) else RasaPool
-    pools: list[RasaPool] = []
+    pools: list[tuple[RasaPool, tuple[str, ...]]] = []
     decoding = Decoding()
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
         specs = group.specs(*(base.device for base in bases.values()))
         tensors = config.group_tensors(specs)
-        pool, packs = pool_kind(tensors) if tensors else None, PackSet(decoding)
-        pools += [pool] if pool else []
+        pool, packs = RasaPool(tensors) if tensors else None, PackSet(decoding)
+        pools += [(pool, group.names)] if pool else []
         for base, spec in zip(bases.values(), specs, strict=True):
             owner: RasaExpertWeight | RasaLinear
             if isinstance(base, StackedBase):
@@ -146,11 +146,12 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
-    if pools and not isinstance(pools[0], ContainerPool):
-        model.add_module(POOLS, nn.ModuleDict({str(i): pool for i, pool in enumerate(pools)}))
-    for index, pool in enumerate(pools):
-        if isinstance(pool, ContainerPool):
-            pool.register(model, f"rasa_pool_{index}_")
+    homes: Counter[nn.Module] = Counter()
+    for pool, names in pools:
+        home = model.get_submodule(home_of(model, names))
+        pool.move(home, f"rasa_pool_{homes[home]}_")
+        state.hooks.append(home.register_forward_pre_hook(pool.enter))
+        homes[home] += 1
     link_layers(model, RasaLinear)
     for name in plan.modules_to_save:
         for parameter in model.get_submodule(name).parameters():
@@ -159,7 +160,7 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
     model.__dict__[STATE] = state
     state.hooks += [
         *decoding.watch(model),
-        model.register_load_state_dict_pre_hook(_restore),
+        *(each.register_load_state_dict_pre_hook(_restore) for each in {model, *homes}),
     ]
     return state
 
@@ -187,11 +188,13 @@ def begin_with_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> No
     config.begin(own, adapter.pool, spec, weight.to(wide))
 
 
-def _restore(model: nn.Module, *_: Any) -> None:
+def _restore(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Load pools without rounding, as ``AdaptedModule`` loads other tensors: a hook."""
-    for module in model.modules():
-        if isinstance(module, AdaptedModule):
-            module.restore()
+    layers = (f"{prefix}{name}.pool." for name, _ in owners(module))
+    refuse_older(state_dict, (f"{prefix}rasa_pools.", *layers))
+    for each in module.modules():
+        if isinstance(each, AdaptedModule):
+            each.restore()
 
 
 def remove_layers(model: nn.Module) -> nn.Module:
@@ -200,9 +203,7 @@ def remove_layers(model: nn.Module) -> nn.Module:
     kinds = RasaLinear | RasaExperts | TrainedTokens
     adapted = [module for module in root.modules() if isinstance(module, kinds)]
     for pool in pools(root):
-        if isinstance(pool, ContainerPool):
-            pool.release()
-    root._modules.pop(POOLS, None)
+        pool.move(None)
     replace_modules(root, {module: module.base_layer for module in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)

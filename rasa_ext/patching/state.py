@@ -17,8 +17,6 @@ from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
 STATE = "_rasa_ext"
-POOLS = "rasa_pools"
-"""The model's child that has the pools of all groups."""
 _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
 

@@ -39,6 +39,26 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         parent._modules[key] = new[child]
 
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def home_of(model: nn.Module, names: Sequence[str], besides: Any = ()) -> str:
+    """Return the name of the nearest module with a forward of its own that contains these layers.
+
+    That module's parameters are there whenever the layers run, unlike those of a ModuleList, which
+    is sliced and never called. For a single layer it is that layer. Modules of the kinds
+    ``besides`` are passed over; if no other is left, it is the model.
+    """
+    home = names[0]
+    while home:
+        module = model.get_submodule(home)
+        runs = type(module).forward is not nn.Module.forward and not isinstance(module, besides)
+        if runs and all(f"{name}.".startswith(f"{home}.") for name in names):
+            break
+        home = home.rpartition(".")[0]
+    return home
+
+
 def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:
     """Link layers of ``kind`` that may read one input, to be fused."""
     for parent in model.modules():

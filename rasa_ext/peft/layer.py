@@ -112,7 +112,8 @@ def keys_in_files(model: nn.Module, adapter_name: str) -> list[str]:
         if isinstance(module, RasaPeftLinear) and adapter_name in module.configs:
             prefix = f"{PREFIX}{name.removeprefix(PREFIX)}.rasa_"
             found += [f"{prefix}{field}" for field in module.own_names[adapter_name]]
-            found += [f"{prefix}pool_{field}" for field in module.pool_names[adapter_name]]
+            if module.specs[adapter_name].index == 0:
+                found += [f"{prefix}pool_{field}" for field in module.pools[adapter_name]]
     return found
 
 
@@ -120,9 +121,10 @@ def pools_in_files(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Return the names of an adapter's pools in ``state_dict``, by key as if on the first layer."""
     modules = {module: inner_name(name) for name, module in model.named_modules()}
     return {
-        f"{name}.rasa_pool_{field}.{adapter_name}": f"{modules[pool]}.{adapter_name}"
+        f"{name}.rasa_pool_{field}.{adapter_name}": f"{modules[part]}.{adapter_name}"
         for layer, name in modules.items()
-        if isinstance(layer, NamedAdapters)
-        for field in layer.pool_names.get(adapter_name, ())
-        if (pool := layer.pool_of(field)) in modules
+        if isinstance(layer, NamedAdapters) and adapter_name in layer.configs
+        if layer.specs[adapter_name].index == 0
+        for field, part in layer.pools[adapter_name].items()
+        if part in modules
     }

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -35,7 +36,10 @@ from rasa_ext.patching.grouping import Group, as_saved, group_layers, resolve_gr
 from rasa_ext.patching.merge import check_own_weights
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.patch import begin_with_weight
+from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.swap import (
+    CONTAINERS,
+    home_of,
     link_layers,
     prepare_model,
     replace_modules,
@@ -49,7 +53,7 @@ from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
 from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files, pools_in_files
 from rasa_ext.peft.mixed import rows_through
-from rasa_ext.peft.named import NamedAdapters, RowAdapters
+from rasa_ext.peft.named import NamedAdapters, RowAdapters, Tensors
 from rasa_ext.peft.targets import (
     bases_of,
     chosen_stacks,
@@ -92,6 +96,8 @@ class RasaModel(BaseTuner):
         """Adapt a model; PEFT calls this, for ``inject_adapter_in_model`` with a config alone."""
         self._inside = isinstance(peft_config, PeftConfig)
         super().__init__(model, peft_config, *args, **kwargs)
+        register: Any = self.register_load_state_dict_pre_hook
+        register(_refuse_older)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -119,8 +125,7 @@ class RasaModel(BaseTuner):
             )
         if not self._watching:
             self._decoding = Decoding()
-        pools = self._modules.get("rasa_pools") or nn.ModuleDict()
-        trained = [(parameter, parameter.requires_grad) for parameter in pools.parameters()]
+        self._homes: Counter[str] = Counter()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -129,8 +134,6 @@ class RasaModel(BaseTuner):
             raise
         finally:
             unwrap_experts(model)
-        for parameter, before in trained:  # as PEFT does for what is in the model
-            parameter.requires_grad_(before)
         self._watching = self._watching or self._decoding.watch(self.model)
         link_layers(model, RasaPeftLinear)
         peft_config = cast(RasaConfig, self.peft_config[adapter_name])
@@ -210,24 +213,40 @@ class RasaModel(BaseTuner):
             layer = kind(base.module, backend_of(base.module, self.model))
             layer.is_dense_head = current_key == self._dense_head
             replace_modules(self.model, {target: layer})  # a module may be registered twice
-        owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
+        first = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
-        pools = None if index or self._inside else self._pools_of(current_key)
+        home = None if index else self._home_of_pool(group.names)
         layer.update_layer(
-            adapter_name, own.core(), specs, index, owner, self._decoding, pools, own.init_weights
+            adapter_name, own.core(), specs, index, first, self._decoding, home, own.init_weights
         )
         if not own.inference_mode:
             begin_with_weight(own.core(), layer.named(adapter_name), base)
 
-    def _pools_of(self, name: str) -> nn.Module:
-        """Return the tuner's module for the pools of groups that begin with this layer."""
-        if "rasa_pools" not in self._modules:
-            self.rasa_pools = nn.ModuleDict()
-        key = name.replace(".", "/")
-        if key not in self.rasa_pools:
-            self.rasa_pools[key] = nn.Module()
-        found: nn.Module = self.rasa_pools[key]
-        return found
+    def _home_of_pool(self, names: Sequence[str]) -> tuple[nn.Module, str, str] | None:
+        """Return where a pool of these layers belongs; None leaves the pool to the first layer.
+
+        ``model.add_adapter`` reads files without the tuner, by the names that they have there. A
+        container calls or lists its children, so none is added to it.
+        """
+        where = home_of(self.model, names, nn.Sequential)
+        home = self.model.get_submodule(where)
+        if self._inside or len(names) == 1 or isinstance(home, CONTAINERS):
+            return None
+        self._homes[where] += 1
+        return home, f"{where}.", f"rasa_pool_{self._homes[where] - 1}_"
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze the base as PEFT does, which takes for adapters only what layers have."""
+        trained = [p for p in self._pools() if p.requires_grad]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def _pools(self) -> Iterator[nn.Parameter]:
+        for owner in self.owners():
+            for pool in owner.pools.values():
+                for part in pool.values():
+                    yield from part.values()
 
     def _find_groups(
         self, peft_config: RasaConfig
@@ -346,6 +365,10 @@ class RasaModel(BaseTuner):
         kinds = RasaPeftLinear | RasaPeftExperts
         left = [module for module in self.model.modules() if isinstance(module, kinds)]
         replace_modules(self.model, {each: each.base_layer for each in left})  # aliases too
+        for module in list(self.model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Tensors):
+                    delattr(module, name)
         undo(self._attributes_before)
         for hook in self._watching:
             hook.remove()
@@ -400,12 +423,12 @@ class RasaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Name a pool in files after the first layer of the group."""
+        """Add the pools, which files name after the first layer of the group."""
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        names = {name: key for key, name in pools_in_files(model, adapter_name).items()}
-        return {names.get(name, name): tensor for name, tensor in found.items()}
+        names = pools_in_files(model, adapter_name).items()
+        return found | {key: state_dict[name] for key, name in names if name in state_dict}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -424,6 +447,13 @@ class RasaModel(BaseTuner):
         }
         state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _refuse_older(model: RasaModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise ValueError for names of pools in older versions: a hook."""
+    pools = [pools_in_files(model, adapter).items() for adapter in model.peft_config]
+    older = (f"{prefix}{key}" for names in pools for key, name in names if key != name)
+    refuse_older(state_dict, (f"{prefix}rasa_pools.", *older))
 
 
 def _layer_of(key: str) -> str:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -47,17 +47,16 @@ class RowAdapters:
 class NamedAdapters(BaseTunerLayer, nn.Module):
     """The named adapters of one weight.
 
-    A tensor that the method names A is ``rasa_A[adapter_name]``. The tuner owns the pools, as
-    PEFT's own VeRA has it: engines that shard a model gather what is the model's for a whole
-    forward. The first layer of a group has unregistered references, such as ``rasa_pool_A``, by
-    which PEFT trains, moves and deletes the pool's tensors. The others refer to that layer, and
-    look the pool up in each forward. So a ``state_dict`` has every tensor once, and all layers see
-    a replaced tensor (loading with ``assign``, moving, casting).
+    A tensor that the method names A is ``rasa_A[adapter_name]``. A pool's is a child, such as
+    ``rasa_pool_0_A``, of the nearest module that runs all layers of the group. The first layer of
+    the group has unregistered references, by which PEFT trains, moves and deletes the pool. Every
+    layer looks the pool up in each forward. So a ``state_dict`` has every tensor once, and all
+    layers see a replaced tensor (loading with ``assign``, moving, casting).
 
     Subclasses decide where the weight is and what caches depend on the adapters.
     """
 
-    other_param_names = ("configs", "specs", "pool_owners", "own_names", "pool_names", "packs")
+    other_param_names = ("configs", "specs", "own_names", "pools", "packs")
 
     def _begin(self) -> None:
         """Start without adapters: the part of ``__init__`` that all subclasses share."""
@@ -66,8 +65,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         self.configs: dict[str, AdapterConfig] = {}
         self.specs: dict[str, LayerSpec] = {}
         self.own_names: dict[str, tuple[str, ...]] = {}
-        self.pool_names: dict[str, tuple[str, ...]] = {}
-        self.pool_owners: dict[str, NamedAdapters] = {}
+        self.pools: dict[str, dict[str, Tensors]] = {}
         self.packs: dict[str, PackSet] = {}
         self.merged_adapters: list[str] = []
         self.rows: RowAdapters | None = None  # set during a forward with adapter_names
@@ -91,25 +89,27 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         config: AdapterConfig,
         specs: list[LayerSpec],
         index: int,
-        owner: NamedAdapters,
+        first: NamedAdapters,
         decoding: Decoding,
-        pools: nn.Module | None,
+        home: tuple[nn.Module, str, str] | None,
         init_weights: bool = True,
     ) -> None:
-        """Add an adapter; ``owner`` is the first layer of the group.
+        """Add an adapter; ``first`` is the first layer of the group.
 
-        ``pools`` registers that layer's pools; None registers them on the layer.
+        ``home`` is the module that takes the group's pool, the module's name, and how the names of
+        the pool's tensors begin there. None leaves the pool to the first layer.
         """
         spec = specs[index]
-        own, pool = config.layer_tensors(spec), {} if index else config.group_tensors(specs)
-        self._add(adapter_name, "rasa_", own, init_weights, self)
-        self._add(adapter_name, "rasa_pool_", pool, init_weights, pools or self)
-        self.own_names[adapter_name], self.pool_names[adapter_name] = tuple(own), tuple(pool)
-        self.configs[adapter_name], self.specs[adapter_name] = config, spec
-        self.pool_owners[adapter_name] = owner
+        own = config.layer_tensors(spec)
+        self._add(adapter_name, own, init_weights, (self, "", "rasa_"))
         if index == 0:
+            pool, home = config.group_tensors(specs), home or (self, "", "rasa_pool_")
+            self.pools[adapter_name] = self._add(adapter_name, pool, init_weights, home)
             self.packs[adapter_name] = PackSet(decoding, methodcaller("named", adapter_name))
-        self.packs[adapter_name] = owner.packs[adapter_name]
+        self.own_names[adapter_name] = tuple(own)
+        self.configs[adapter_name], self.specs[adapter_name] = config, spec
+        self.pools[adapter_name] = first.pools[adapter_name]
+        self.packs[adapter_name] = first.packs[adapter_name]
         self.packs[adapter_name].join(spec.index, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,22 +122,26 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     def _add(
         self,
         adapter_name: str,
-        prefix: str,
         tensors: dict[str, Tensor],
         init_weights: bool,
-        parent: nn.Module,
-    ) -> None:
-        for name, tensor in tensors.items():
+        place: tuple[nn.Module, str, str],
+    ) -> dict[str, Tensors]:
+        """Register an adapter's tensors, and return the modules that have them."""
+        parent, where, prefix = place
+        parts: dict[str, Tensors] = {}
+        for field, tensor in tensors.items():
             trained = isinstance(tensor, nn.Parameter) and not tensor.is_meta
             if trained and not init_weights and tensor.numel() and not tensor.any():
                 tensor.uniform_(-(tensor.shape[-1] ** -0.5), tensor.shape[-1] ** -0.5)
-            name = f"{prefix}{name}"
-            if name not in self.adapter_layer_names:
-                self.adapter_layer_names += (name,)
+            if (name := f"{prefix}{field}") not in parent._modules:
                 parent.add_module(name, Tensors())
+            parts[field] = cast(Tensors, parent._modules[name])
+            parts[field][adapter_name] = tensor
+            if (known := f"{where}{name}") not in self.adapter_layer_names:
+                self.adapter_layer_names += (known,)
                 if parent is not self:
-                    self.__dict__[name] = parent.get_submodule(name)
-            getattr(self, name)[adapter_name] = tensor
+                    self.__dict__[known] = parts[field]  # a reference, not a submodule
+        return parts
 
     def _get_available_adapters(self) -> set[str]:
         """Return the adapter names for PEFT, also of adapters without tensors in this layer."""
@@ -148,18 +152,9 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         parts: dict[str, Any] = self._modules
         names = self.own_names[adapter_name]
         own = {f: tensor_of(parts[f"rasa_{f}"], adapter_name) for f in names}
-        owner = self.pool_owners[adapter_name]
-        names = owner.pool_names[adapter_name]
-        pool = {f: tensor_of(owner.pool_of(f), adapter_name) for f in names}
+        pool = {f: tensor_of(part, adapter_name) for f, part in self.pools[adapter_name].items()}
         config, spec = self.configs[adapter_name], self.specs[adapter_name]
         return Adapter(config, own, pool, spec, self, self.packs[adapter_name])
-
-    def pool_of(self, field: str) -> Tensors:
-        """Return the pools' tensors of one name, which this first layer refers to."""
-        name = f"rasa_pool_{field}"
-        found: Any = self.__dict__.get(name) or self._modules[name]
-        pool: Tensors = found
-        return pool
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the weight, active or not."""

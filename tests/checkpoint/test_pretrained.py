@@ -9,12 +9,15 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
 from rasa_ext.checkpoint import pretrained
+from rasa_ext.patching.state import patch_state
+from rasa_ext.peft import RasaConfig
 from rasa_ext.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import patched, randomize, same_adapters, through_file
@@ -238,3 +241,65 @@ def test_a_given_state_without_a_trained_tensor_is_refused(tmp_path):
     said = r"state_dict: .*1 missing: .*up_proj\.rasa_d"
     refused(lambda: model.save_pretrained(tmp_path, state_dict=state), model, said)
     assert not os.listdir(tmp_path)
+
+
+def names_before(version: str, model: nn.Module) -> dict[str, str]:
+    """Return pools' names of an older version by name: the root's, or the first layer's."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = patch_state(model).plan.groups
+    return {
+        names[id(tensor)]: (
+            f"rasa_pools.{index}.{field}" if version == "root" else f"{group.names[0]}.pool.{field}"
+        )
+        for index, group in enumerate(groups)
+        for field, tensor in model.get_submodule(group.names[0]).pool_tensors().items()
+    }
+
+
+@pytest.mark.parametrize("version", ["root", "layer"])
+def test_states_of_older_versions_are_refused(version, tmp_path):
+    """Their parameters had another order, by which an optimizer's state finds its parameters."""
+    whole, _ = trained(LLAMA, tmp_path / "whole", max_steps=2)
+    before = names_before(version, whole.model)
+    assert before
+    file = tmp_path / "whole" / "checkpoint-2" / "model.safetensors"
+    state = {before.get(name, name): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^state_dict: .*older rasa_ext"):
+        trained(LLAMA, tmp_path / "again", file.parent)
+    model = patched(LLAMA.build())
+    refused(lambda: model.load_state_dict(state, strict=False), model, "state_dict")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("front", ["patch", "peft"])
+def test_moments_of_another_order_are_refused(front, fused):
+    """Fused kernels would write outside of the moments' memory."""
+    if front == "patch":
+        model = patched(LLAMA.build())
+    else:
+        model = get_peft_model(LLAMA.build(), RasaConfig(r=4))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def optimizer(names):
+        return torch.optim.AdamW([parameters[name] for name in names], 0.1, fused=fused)
+
+    def loss() -> Tensor:
+        return LLAMA.call(model, **LLAMA.inputs(0)).square().mean()
+
+    older = sorted(parameters, key=lambda name: (front == "patch") == ("rasa_pool" in name))
+    assert older != list(parameters)
+    states = []
+    for names in (parameters, older):
+        trained = optimizer(names)
+        loss().backward()
+        trained.step()
+        states.append(trained.state_dict())
+    now = {name: p.detach().clone() for name, p in parameters.items()}
+    resumed = optimizer(parameters)
+    resumed.load_state_dict(states[1])
+    with pytest.raises(ValueError, match=r"^optimizer: expected exp_avg of shape"):
+        resumed.step()
+    assert all(torch.equal(p, now[name]) for name, p in parameters.items())
+    resumed.load_state_dict(states[0])
+    resumed.step()

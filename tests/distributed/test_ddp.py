@@ -43,6 +43,14 @@ def test_an_adapter_from_one_process_in_a_sharded_model(name, trained, figure):
     assert apart <= PARITY
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pools_that_nobody_averages(rank, trained):
+    said = json.loads((trained / f"left_out.{rank}.json").read_text())
+    assert said["blocks in DDP"].startswith("expected DistributedDataParallel around a module")
+    assert said["blocks in FSDP1"].startswith("expected an engine that shards layers together")
+    assert said["stages"].startswith("expected all layers that share a pool in this process")
+
+
 class Skipping(nn.Module):
     """Three layers of one group; the forward skips the middle one."""
 

@@ -162,6 +162,28 @@ def test_a_pool_that_another_block_has(mesh, monkeypatch):
     call(shard(get_peft_model(LLAMA.build(), rasa_ext.peft.RasaConfig(r=4)), mesh))
 
 
+@pytest.mark.parametrize("front", ["patch", "peft"])
+def test_a_pool_that_is_left_out(front, mesh, tmp_path):
+    """Blocks are sharded, and nothing around them: a step would train a pool in each process."""
+    if front == "patch":
+        model = net = patched(LLAMA.build())
+    else:
+        model = get_peft_model(LLAMA.build(), rasa_ext.peft.RasaConfig(r=4))
+        net = model.get_base_model()
+    for block in net.model.layers:
+        fully_shard(block, mesh=mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [gathered(parameter).detach().clone() for parameter in trained]
+    call(model).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"pool.*fully_shard\(model\)"):
+        torch.optim.AdamW(trained).step()
+    assert all(map(torch.equal, map(gathered, trained), before))
+    if front == "patch":
+        with pytest.raises(RuntimeError, match=r"pool.*fully_shard\(model\)"):
+            rasa_ext.save_adapter(model, tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
+
 def test_a_layer_outside_of_its_block(mesh):
     model = shard(patched(LLAMA.build()), mesh)
     layer = model.model.layers[1].mlp.up_proj

@@ -237,7 +237,8 @@ def randomize(model: nn.Module, seed: int = 3) -> None:
     """Randomize every adapter tensor, so that dW is about as large as W."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        named = sorted(model.named_parameters(), key=lambda item: "rasa_pool" in item[0])
+        for name, parameter in named:
             if parameter.requires_grad and re.search(r"[._][ABd]$", name):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 d = name.endswith(".d")

@@ -1,5 +1,7 @@
 """Tiny Llamas under PEFT with any method, and the names of their tensors."""
 
+import re
+
 import peft
 import torch
 from torch import Tensor, nn
@@ -50,4 +52,6 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def kinds(names) -> set[str]:
-    return {name.rpartition(".rasa_")[2].partition(".")[0] for name in names}
+    """Return the method's names of tensors, those of pools as pool_A, in whichever module."""
+    fields = (name.rpartition(".rasa_")[2].partition(".")[0] for name in names)
+    return {re.sub(r"^pool_\d+_", "pool_", field) for field in fields}

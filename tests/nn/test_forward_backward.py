@@ -20,7 +20,7 @@ from tests.helpers.adapters import (
     patched,
     randomize,
 )
-from tests.helpers.models import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, VIT
+from tests.helpers.models import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, VIT, rounding
 
 # A family decides the modules; k and the dtype the arithmetic: no pool, only a pool, a cast.
 CASES = [(entry, RANK // 2, torch.float32) for entry in (*FAMILIES, *OTHERS)]
@@ -122,11 +122,21 @@ def test_over_a_base_that_accelerate_offloads(to, tmp_path):
             rasa_ext.merge(again)
 
 
-def test_offloaded_after_patching():
-    model = patched(LLAMA.build()).eval()
-    accelerate.cpu_offload(model, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="pool of a group"):
-        LLAMA.loss(model, LLAMA.inputs(0, torch.float32))
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_after_patching(offload, tmp_path):
+    """The module that has the pool gets it back before the layers run."""
+    model, inputs = patched(LLAMA.build()).eval(), LLAMA.inputs(0, torch.float32)
+    with torch.no_grad():
+        expected = LLAMA.call(model, **inputs)
+        if offload == "cpu":
+            accelerate.cpu_offload(model, torch.device("cpu"))
+        else:
+            accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+        found = LLAMA.call(model, **inputs)
+        layer = model.model.layers[0].mlp.up_proj
+        with pytest.raises(RuntimeError, match="offloaded"):
+            layer(torch.ones(1, layer.in_features))
+    oracle.assert_close(found, expected, rounding(LLAMA, LLAMA.build()))
 
 
 def test_offloaded_experts_are_refused():

@@ -153,17 +153,28 @@ def test_the_seed_decides_the_draw():
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_every_parameter_has_one_place(entry):
-    """Each parameter has one owner: its layer or, for a pool, the model."""
+    """Each parameter has one owner: its layer or, for a pool, what runs all layers of the group."""
     base = entry.build()
     plain = len(base.state_dict())
     model = rasa_ext.patch_model(base, RANK, 2)
     owned = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
     assert all(owned.count(id(p)) == 1 for p in rasa_ext.adapter_parameters(model))
-    form = "rasa_pool_{}_{}" if isinstance(model, nn.Sequential) else "rasa_pools.{}.{}"
-    pools = dict.fromkeys(layer.pool for layer in adapted_layers(model).values())
-    for index, pool in enumerate(pools):
+    members: dict[rasa_ext.nn.RasaPool, list[str]] = {}
+    for name, layer in adapted_layers(model).items():
+        members.setdefault(layer.pool, []).append(name)
+    homes = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    for pool, names in members.items():
+        (home,) = {homes[id(tensor)] for tensor in pool.tensors().values()}
+        assert home.forward.__func__ is not nn.Module.forward
+        inside = dict(home.named_modules()).values()
+        assert all(model.get_submodule(name) in inside for name in names)
+        children = [list(child.modules()) for child in home.children()]
+        assert not any(
+            all(model.get_submodule(name) in child for name in names)
+            and type(child[0]).forward is not nn.Module.forward
+            for child in children
+        )
         for name in "AB":
-            own = model.get_parameter(form.format(index, name))
-            assert own is getattr(pool, name) is pool.tensors()[name]
+            assert getattr(pool, name) is pool.tensors()[name]
     if entry is not TWO_NAMES:  # the state dict has this layer twice
         assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))

@@ -26,7 +26,7 @@ def adapted(form: str, base: Unet | None = None) -> PeftModel:
 def pools(model: PeftModel) -> set[frozenset[str]]:
     found: dict[int, set[str]] = {}
     for name, layer in layers(plain(model)).items():
-        found.setdefault(id(layer.pool_owners["default"]), set()).add(name)
+        found.setdefault(id(layer.pools["default"]), set()).add(name)
     return set(map(frozenset, found.values()))
 
 

@@ -13,6 +13,7 @@ from peft import (
 )
 
 from rasa_ext.peft import RasaConfig
+from rasa_ext.peft.layer import pools_in_files
 from tests.helpers import models, oracle
 from tests.helpers.adapters import RANK, check_step, same_tensors, through_file
 from tests.helpers.models import ATTENTION, BERT, EVERY, GPT2, LLAMA, SEQUENTIAL, TIED
@@ -149,3 +150,15 @@ def test_inject_adapter_in_model(side, by_names):
     assert torch.equal(model(side.tokens).logits, source(side.tokens).logits)
     assert {f"base_model.model.{key}" for key in trained(model)} == set(trained(source))
     assert same_tensors(get_peft_model_state_dict(model), given)
+
+
+def test_states_of_older_versions_are_refused():
+    """The tuner, and before that the first layer, had the pools."""
+    model = tiny()
+    state = model.state_dict()
+    for key, name in pools_in_files(model, "default").items():
+        layer, _, field = key.rpartition(".rasa_pool_")
+        inner = layer.removeprefix("base_model.model.").replace(".", "/")
+        for older in (key, f"base_model.rasa_pools.{inner}.rasa_pool_{field}"):
+            given = {**state, older: state[name]}
+            refused(lambda given=given: model.load_state_dict(given, strict=False), model, "older")

@@ -158,7 +158,7 @@ class Boosting:
 
     def _pairs(self) -> list[_Pair]:
         """Return the current pair of every layer or pool."""
-        found: dict[nn.Module, _Pair] = {}
+        found: dict[RasaLinear | RasaPool, _Pair] = {}
         for name, layer in _adapter(self._model)[1].items():
             owner = layer if layer.pool is None else layer.pool
             found.setdefault(owner, _Pair(owner, {})).layers[name] = layer
