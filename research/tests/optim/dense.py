@@ -70,11 +70,10 @@ def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
     result = []
     for i, layer in enumerate(model):
         A, B = tensors[f"{i}.A"], tensors[f"{i}.B"]
-        if "rasa_pool_0_A" in tensors:
-            A, B = (
-                torch.cat([A, tensors["rasa_pool_0_A"]]),
-                torch.cat([B, tensors["rasa_pool_0_B"]], 1),
-            )
+        home = "0." if len(model) == 1 else ""  # a layer alone has the pool itself
+        if f"{home}rasa_pool_0_A" in tensors:
+            A_pool, B_pool = (tensors[f"{home}rasa_pool_0_{name}"] for name in "AB")
+            A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
         scale = layer.config.scale if isinstance(layer.config, LoraConfig) else 1.0
         d = tensors.get(f"{i}.d", torch.full((len(A),), scale, dtype=A.dtype, device=A.device))
         result.append(B @ torch.diag(d) @ A)
