@@ -72,7 +72,7 @@ def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ex
     decoding = Decoding()
     decoding.now = True  # no model says so: without grad, the packs are read as in generate
     layer = rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet(decoding))
-    layer.pool.move(layer, "rasa_pool_0_")  # no model has it
+    layer.add_module("own_pool", layer.pool)  # no model has it
     return layer
 
 

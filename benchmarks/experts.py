@@ -95,7 +95,7 @@ class Case:
         Gradients are dropped first, except the gradients of a pool, which add up.
         """
         pools = [stack.pool for stack in _stacks(module)]
-        kept = {id(t) for pool in pools if pool is not None for t in pool.tensors().values()}
+        kept = {id(t) for pool in pools if pool is not None for t in pool.parameters()}
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
         trained += [self.x, self.weights]
 
@@ -209,7 +209,7 @@ class Case:
             spec = LayerSpec(0, layers, out, width, getattr(base, name).device, name, experts)
             pool = config.group_tensors([dataclasses.replace(spec, index=i) for i in range(layers)])
             stack = RasaExpertWeight(config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
-            stack.pool.move(stack, "rasa_pool_0_")  # no model has it
+            stack.add_module("own_pool", stack.pool)  # no model has it
             stacks[name] = stack
         return _lively(RasaExperts(base, stacks))
 

@@ -214,7 +214,7 @@ def _plain_state(root: nn.Module, state: Mapping[str, Tensor] | None) -> dict[st
     layers = [f"{name}." for name, _ in adapted]
     plain = {}
     for key, tensor in (root.state_dict() if state is None else state).items():
-        if key.rpartition(".")[2].startswith("rasa_pool_"):
+        if "rasa_pool_" in key:
             continue
         prefix = next((layer for layer in layers if key.startswith(layer)), None)
         if prefix is None:

@@ -1,13 +1,11 @@
-"""RasaLinear and RasaPool: a layer with an adapter, and what the layers of a group share."""
+"""RasaLinear and RasaPool: the modules that own an adapter's tensors in a patched model."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.nn.adapted_linear import AdaptedLinear
@@ -16,107 +14,13 @@ from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.split import SplitLinear
 
 
-class RasaPool:
-    """The shared rank pool of one group of L layers: under RaSA A (L*k, in) and B (out, L*k).
+class TensorOwner(nn.Module):
+    """A module with an adapter's tensors as attributes: Parameters are trained, others buffers."""
 
-    They are A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one pool for each
-    group. The tensors are parameters of the nearest module that runs all layers of the group, such
-    as ``model.model`` of a Llama, and so belong to whatever walks, copies, saves or shards that
-    module. Layers refer to the pool.
-
-    Args:
-        tensors: the tensors by name; Parameters are trained, others become buffers.
-
-    Example:
-        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.RasaLinear)]
-        >>> layers[0].pool.A is model.model.rasa_pool_0_A
-        True
-        >>> group = [layer for layer in layers if layer.pool is layers[0].pool]
-        >>> layers[0].pool.A.shape == (len(group), layers[0].in_features)
-        True
-    """
-
-    A: Tensor
-    B: Tensor
-    _home: Callable[[], Any] = type(None)
-    """A weak reference to the module, which would be a cycle; None in a copy that has not run."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # The module's dictionaries, so that copies of both belong together.
-        self._parameters: dict[str, Any] = {}
-        self._buffers: dict[str, Any] = {}
-        self._names: dict[str, str] = {}
-        self._prefix = ""
-        self.replace(tensors)
-
-    def move(self, module: nn.Module | None, prefix: str = "") -> None:
-        """Move the tensors to a module, where their names begin with ``prefix``; None: to none."""
-        tensors = self.tensors()
-        self.replace({})
-        parameters, buffers = ({}, {}) if module is None else (module._parameters, module._buffers)
-        self._parameters, self._buffers, self._prefix = parameters, buffers, prefix
-        self._home = type(None) if module is None else weakref.ref(module)
-        self.replace(tensors)
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """Remember the module as its forward begins, also if it is a copy: a hook."""
-        if not is_compiling():
-            self._home = weakref.ref(module)
+    _names: tuple[str, ...] = ()
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the tensors by these."""
-        for key in self._names.values():
-            self._parameters.pop(key, None)
-            self._buffers.pop(key, None)
-        self._names = {name: f"{self._prefix}{name}" for name in tensors}
-        for name, tensor in tensors.items():
-            of = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
-            of[self._names[name]] = tensor
-
-    def tensors(self) -> dict[str, Any]:
-        """Return the tensors by name."""
-        try:
-            return {name: self._parameters[key] for name, key in self._names.items()}
-        except KeyError:  # a buffer, parametrized, or FSDP1's in a checkpoint's second forward
-            known, home = {**self._parameters, **self._buffers}, self._home()
-            return {
-                name: known[key] if key in known else getattr(home, key)
-                for name, key in self._names.items()
-            }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_home"}
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a tensor by name."""
-        if name in self.__dict__.get("_names", ()):
-            return self.tensors()[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __repr__(self) -> str:
-        """Show the shapes by name."""
-        shapes = (f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors().items())
-        return f"{type(self).__name__}({', '.join(shapes)})"
-
-
-class AdapterOwner(nn.Module):
-    """A module that owns an adapter's tensors as attributes and refers to the group's pool."""
-
-    A: Tensor
-    B: Tensor
-    d: Tensor
-    pool: RasaPool | None
-    _names: tuple[str, ...] = ()
-
-    def begin(self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet) -> None:
-        """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
-        self.config, self.spec, self.packs, self.pool = config, spec, packs, pool
-        packs.join(spec.index, self)
-        self.replace(config.layer_tensors(spec))
-
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the private tensors by these: Parameters are trained, others are buffers."""
         for name in self._names:
             delattr(self, name)
         self._names = tuple(tensors)
@@ -127,17 +31,117 @@ class AdapterOwner(nn.Module):
                 self.register_buffer(name, tensor)
 
     def tensors(self) -> dict[str, Any]:
-        """Look up the private tensors by name in nn.Module's dictionaries.
+        """Look up the tensors by name in nn.Module's dictionaries.
 
         ``getattr`` is slow, and every forward of every layer calls this.
         """
         tensors: dict[str, Any] = self._parameters
         if self._buffers:
             tensors = {**tensors, **self._buffers}
-        # Parametrized, a replica of nn.DataParallel, or a layer alone in its group, with the pool.
-        if len(tensors) != len(self._names):
+        if len(tensors) != len(self._names):  # parametrized, or a replica of nn.DataParallel
             tensors = {name: getattr(self, name) for name in self._names}
         return tensors
+
+
+class RasaPool(TensorOwner):
+    """The shared rank pool of one group of L layers: under RaSA A (L*k, in) and B (out, L*k).
+
+    They are A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one pool for each
+    group, as the last child of the nearest module that runs all layers of the group. So the pool
+    belongs to whatever walks, copies, saves or shards that module. Layers refer to the pool.
+
+    Args:
+        tensors: the tensors by name; Parameters are trained, others become buffers.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.RasaLinear)]
+        >>> layers[0].pool is model.model.rasa_pool_0
+        True
+        >>> group = [layer for layer in layers if layer.pool is layers[0].pool]
+        >>> layers[0].pool.A.shape == (len(group), layers[0].in_features)
+        True
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.replace(tensors)
+
+    def extra_repr(self) -> str:
+        """Return the shapes by name, for ``repr``."""
+        return ", ".join(f"{name}={tuple(t.shape)}" for name, t in self.tensors().items())
+
+
+class ContainerPool(RasaPool):
+    """A pool whose tensors are parameters of a container such as ``nn.Sequential``.
+
+    A pool cannot be a child of a container, which calls or lists its children. In any other module
+    it is the last child: the module's own parameters would come first, and code that takes a dtype
+    from ``next(module.parameters())`` would see the adapter's.
+    """
+
+    _of: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    """The container's parameters and buffers; a reference to the container would be a cycle."""
+    _prefix = ""
+
+    def register(self, model: nn.Module, prefix: str) -> None:
+        """Move the tensors to a container, where their names begin with ``prefix``."""
+        tensors = dict(super().tensors())
+        super().replace({})
+        self._of, self._prefix = (model._parameters, model._buffers), prefix
+        self.replace(tensors)
+
+    def release(self) -> None:
+        """Take the tensors off the container."""
+        tensors = self.tensors()
+        self.replace({})
+        self._of, self._prefix = ({}, {}), ""
+        super().replace(tensors)
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors by these."""
+        if not self._prefix:
+            super().replace(tensors)
+            return
+        for name in self._names:
+            for registered in self._of:
+                registered.pop(f"{self._prefix}{name}", None)
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self._of[not isinstance(tensor, nn.Parameter)][f"{self._prefix}{name}"] = tensor
+
+    def tensors(self) -> dict[str, Any]:
+        """Look the tensors up in the container's."""
+        if not self._prefix:
+            return super().tensors()
+        parameters, buffers = self._of
+        names = ((name, f"{self._prefix}{name}") for name in self._names)
+        return {n: parameters[key] if key in parameters else buffers[key] for n, key in names}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a tensor by name."""
+        if name in self.__dict__.get("_names", ()) and self._prefix:
+            return self.tensors()[name]
+        return super().__getattr__(name)
+
+
+class AdapterOwner(TensorOwner):
+    """A module that owns an adapter's tensors as attributes and refers to the group's pool."""
+
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    pool: RasaPool | None
+
+    def begin(self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet) -> None:
+        """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
+        self.config, self.spec, self.packs = config, spec, packs
+        packs.join(spec.index, self)
+        self.replace(config.layer_tensors(spec))
+        self.__dict__["pool"] = pool  # no submodule
 
     def adapter(self) -> Adapter:
         """Return the layer's adapter."""

@@ -18,15 +18,17 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.packs import Decoding, PackSet
-from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
+from rasa_ext.nn.rasa import ContainerPool, RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.state import STATE, PatchState, owners, patch_state, pools, unwrap
 from rasa_ext.patching.swap import (
     home_of,
+    is_container,
     link_layers,
     prepare_model,
+    remove_children,
     replace_modules,
     require_grad,
     undo,
@@ -117,14 +119,17 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
     # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
-    pools: list[tuple[RasaPool, tuple[str, ...]]] = []
+    pools: list[tuple[RasaPool, str]] = []
     decoding = Decoding()
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
         specs = group.specs(*(base.device for base in bases.values()))
         tensors = config.group_tensors(specs)
-        pool, packs = RasaPool(tensors) if tensors else None, PackSet(decoding)
-        pools += [(pool, group.names)] if pool else []
+        names = [name.rpartition(".")[0] if group.experts else name for name in group.names]
+        home = home_of(model, names)
+        kind_of_pool = ContainerPool if is_container(model.get_submodule(home)) else RasaPool
+        pool, packs = kind_of_pool(tensors) if tensors else None, PackSet(decoding)
+        pools += [(pool, home)] if pool else []
         for base, spec in zip(bases.values(), specs, strict=True):
             owner: RasaExpertWeight | RasaLinear
             if isinstance(base, StackedBase):
@@ -146,12 +151,14 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
-    homes: Counter[nn.Module] = Counter()
-    for pool, names in pools:
-        home = model.get_submodule(home_of(model, names))
-        pool.move(home, f"rasa_pool_{homes[home]}_")
-        state.hooks.append(home.register_forward_pre_hook(pool.enter))
-        homes[home] += 1
+    numbers: Counter[str] = Counter()
+    for pool, home in pools:
+        name, module = f"rasa_pool_{numbers[home]}", model.get_submodule(home)
+        numbers[home] += 1
+        if isinstance(pool, ContainerPool):
+            pool.register(module, f"{name}_")
+        else:
+            module.add_module(name, pool)
     link_layers(model, RasaLinear)
     for name in plan.modules_to_save:
         for parameter in model.get_submodule(name).parameters():
@@ -160,7 +167,10 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
     model.__dict__[STATE] = state
     state.hooks += [
         *decoding.watch(model),
-        *(each.register_load_state_dict_pre_hook(_restore) for each in {model, *homes}),
+        *(
+            module.register_load_state_dict_pre_hook(_restore)
+            for module in {model, *map(model.get_submodule, numbers)}
+        ),
     ]
     return state
 
@@ -203,7 +213,9 @@ def remove_layers(model: nn.Module) -> nn.Module:
     kinds = RasaLinear | RasaExperts | TrainedTokens
     adapted = [module for module in root.modules() if isinstance(module, kinds)]
     for pool in pools(root):
-        pool.move(None)
+        if isinstance(pool, ContainerPool):
+            pool.release()
+    remove_children(root, RasaPool)
     replace_modules(root, {module: module.base_layer for module in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)

@@ -39,7 +39,17 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         parent._modules[key] = new[child]
 
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+def is_container(module: nn.Module) -> bool:
+    """Return whether a module calls or lists all of its children, so that none may be added."""
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def remove_children(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Remove the children of a kind from every module."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, kind):
+                del module._modules[name]
 
 
 def home_of(model: nn.Module, names: Sequence[str], besides: Any = ()) -> str:

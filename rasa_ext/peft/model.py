@@ -38,10 +38,11 @@ from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.patch import begin_with_weight
 from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.swap import (
-    CONTAINERS,
     home_of,
+    is_container,
     link_layers,
     prepare_model,
+    remove_children,
     replace_modules,
     undo,
 )
@@ -230,7 +231,7 @@ class RasaModel(BaseTuner):
         """
         where = home_of(self.model, names, nn.Sequential)
         home = self.model.get_submodule(where)
-        if self._inside or len(names) == 1 or isinstance(home, CONTAINERS):
+        if self._inside or len(names) == 1 or is_container(home):
             return None
         self._homes[where] += 1
         return home, f"{where}.", f"rasa_pool_{self._homes[where] - 1}_"
@@ -365,10 +366,7 @@ class RasaModel(BaseTuner):
         kinds = RasaPeftLinear | RasaPeftExperts
         left = [module for module in self.model.modules() if isinstance(module, kinds)]
         replace_modules(self.model, {each: each.base_layer for each in left})  # aliases too
-        for module in list(self.model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Tensors):
-                    delattr(module, name)
+        remove_children(self.model, Tensors)
         undo(self._attributes_before)
         for hook in self._watching:
             hook.remove()

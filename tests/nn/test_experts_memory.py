@@ -57,7 +57,7 @@ def test_what_is_saved(grouping):
     x, chosen, shares = inputs()
     with saved_storages() as saved:
         y = module(x, chosen, shares)
-    pools = (each.pool_tensors().values() for each in module.stacks().values())
+    pools = (each.pool.parameters() for each in module.stacks().values())
     tensors = (x, shares, *module.parameters(), *itertools.chain(*pools))
     known = {t.untyped_storage().data_ptr() for t in tensors}
     found = sorted(size for address, size in saved.items() if address not in known)

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 import rasa_ext
+from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapted_layers, pool_members
 from tests.helpers.models import EVERY, EXPERTS, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
@@ -151,6 +153,29 @@ def test_the_seed_decides_the_draw():
         assert torch.equal(first, other) != drawn
 
 
+@pytest.mark.parametrize("front", ["patch", "peft"])
+@pytest.mark.parametrize("entry", [LLAMA, T5], ids=ids)
+def test_parts_have_the_dtype_of_the_base(entry, front):
+    """Code such as transformers' takes a module's dtype from the first parameter."""
+    base = entry.build().bfloat16()
+    parts = ["", *(name for name, _ in base.named_children())]
+    before = {
+        name: first.dtype
+        for name in parts
+        if (first := _first(base.get_submodule(name))) is not None
+    }
+    if front == "patch":
+        rasa_ext.patch_model(base, RANK, 1)
+    else:
+        get_peft_model(base, RasaConfig(r=RANK))
+    after = {name: _first(base.get_submodule(name)).dtype for name in before}
+    assert after == before
+
+
+def _first(module: nn.Module) -> torch.Tensor | None:
+    return next(module.parameters(), None)
+
+
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_every_parameter_has_one_place(entry):
     """Each parameter has one owner: its layer or, for a pool, what runs all layers of the group."""
@@ -165,6 +190,7 @@ def test_every_parameter_has_one_place(entry):
     homes = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     for pool, names in members.items():
         (home,) = {homes[id(tensor)] for tensor in pool.tensors().values()}
+        home = next((each for each in model.modules() if home is pool in each.children()), home)
         assert home.forward.__func__ is not nn.Module.forward
         inside = dict(home.named_modules()).values()
         assert all(model.get_submodule(name) in inside for name in names)

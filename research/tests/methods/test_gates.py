@@ -186,8 +186,7 @@ def test_the_true_support_is_found():
         basis = torch.linalg.qr(torch.randn(8, 6, dtype=torch.float64)).Q
         layer.pool.A.copy_(basis.t())
         layer.pool.B.copy_(basis)
-        for tensor in layer.pool.tensors().values():
-            tensor.requires_grad_(False)
+        layer.pool.requires_grad_(False)
         target = plain[0].weight + 0.7 * basis[:, 1:2] @ basis[:, 1:2].t()
         target -= 0.5 * basis[:, 4:5] @ basis[:, 4:5].t()
     x = torch.randn(200, 8, dtype=torch.float64)

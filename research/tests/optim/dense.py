@@ -70,9 +70,9 @@ def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
     result = []
     for i, layer in enumerate(model):
         A, B = tensors[f"{i}.A"], tensors[f"{i}.B"]
-        home = "0." if len(model) == 1 else ""  # a layer alone has the pool itself
-        if f"{home}rasa_pool_0_A" in tensors:
-            A_pool, B_pool = (tensors[f"{home}rasa_pool_0_{name}"] for name in "AB")
+        pool = "0.rasa_pool_0." if len(model) == 1 else "rasa_pool_0_"  # a layer alone has it
+        if f"{pool}A" in tensors:
+            A_pool, B_pool = (tensors[f"{pool}{name}"] for name in "AB")
             A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
         scale = layer.config.scale if isinstance(layer.config, LoraConfig) else 1.0
         d = tensors.get(f"{i}.d", torch.full((len(A),), scale, dtype=A.dtype, device=A.device))
