@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -152,6 +152,28 @@ def base_of(model: nn.Module, name: str, experts: int) -> Base:
         return LinearBase(module)
     path, _, key = name.rpartition(".")
     return StackedBase(model.get_submodule(path), key)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Return whether a module calls or lists all of its children, so that none may be added."""
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def home_of(model: nn.Module, names: Sequence[str], besides: Any = ()) -> str:
+    """Return the name of the nearest module with a forward of its own that contains these layers.
+
+    That module's parameters are there whenever the layers run, unlike those of a ModuleList, which
+    is sliced and never called. For a single layer it is that layer. Modules of the kinds
+    ``besides`` are passed over; if no other is left, it is the model.
+    """
+    home = names[0]
+    while home:
+        module = model.get_submodule(home)
+        runs = type(module).forward is not nn.Module.forward and not isinstance(module, besides)
+        if runs and all(f"{name}.".startswith(f"{home}.") for name in names):
+            break
+        home = home.rpartition(".")[0]
+    return home
 
 
 @dataclasses.dataclass(frozen=True)

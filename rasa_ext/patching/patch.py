@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from rasa_ext.base_layers.linear import is_linear, linear_shape
-from rasa_ext.base_layers.survey import Base, LinearBase, StackedBase, base_of
+from rasa_ext.base_layers.survey import (
+    Base,
+    LinearBase,
+    StackedBase,
+    base_of,
+    home_of,
+    is_container,
+)
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
@@ -24,8 +31,6 @@ from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.state import STATE, PatchState, owners, patch_state, pools, unwrap
 from rasa_ext.patching.swap import (
-    home_of,
-    is_container,
     link_layers,
     prepare_model,
     remove_children,

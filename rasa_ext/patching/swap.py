@@ -39,34 +39,12 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         parent._modules[key] = new[child]
 
 
-def is_container(module: nn.Module) -> bool:
-    """Return whether a module calls or lists all of its children, so that none may be added."""
-    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-
-
 def remove_children(model: nn.Module, kind: type[nn.Module]) -> None:
     """Remove the children of a kind from every module."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, kind):
                 del module._modules[name]
-
-
-def home_of(model: nn.Module, names: Sequence[str], besides: Any = ()) -> str:
-    """Return the name of the nearest module with a forward of its own that contains these layers.
-
-    That module's parameters are there whenever the layers run, unlike those of a ModuleList, which
-    is sliced and never called. For a single layer it is that layer. Modules of the kinds
-    ``besides`` are passed over; if no other is left, it is the model.
-    """
-    home = names[0]
-    while home:
-        module = model.get_submodule(home)
-        runs = type(module).forward is not nn.Module.forward and not isinstance(module, besides)
-        if runs and all(f"{name}.".startswith(f"{home}.") for name in names):
-            break
-        home = home.rpartition(".")[0]
-    return home
 
 
 def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:

@@ -22,7 +22,7 @@ from rasa_ext.base_layers.linear import (
     stored_weight,
 )
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
-from rasa_ext.base_layers.survey import Base, LinearBase, survey
+from rasa_ext.base_layers.survey import Base, LinearBase, home_of, is_container, survey
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.loading import own_names
 from rasa_ext.checkpoint.official import official_name
@@ -38,8 +38,6 @@ from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.patch import begin_with_weight
 from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.swap import (
-    home_of,
-    is_container,
     link_layers,
     prepare_model,
     remove_children,
