@@ -5,8 +5,8 @@
     adapted_group(x, Ws, bias, ...)   -> low_rank_linear of L layers on L given inputs
 
 The backward saves the pack, x only if an A is trained, and U = x Ap^T only if a B or d is trained.
-Dropout adds a mask of one bit for each element of x. Gradients of the adapter are first order;
-differentiating them again raises.
+Dropout adds a mask of one bit for each element of x. Gradients of the functions are
+first order. Where PyTorch differentiates the products, they can be differentiated again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from rasa_ext import ops
 from rasa_ext.nn.adapter import Packed
-from rasa_ext.nn.function import Function
+from rasa_ext.nn.function import Function, first_order, is_transformed
 from rasa_ext.nn.packs import pack_alone, pack_layers, ports
 from rasa_ext.ops import Factors
 
@@ -34,7 +33,7 @@ class Dropped(NamedTuple):
     """Dropout of a linear's input, from ``dropout``; the default is none."""
 
     mask: Tensor | None = None
-    """uint8 (ceil(x.numel() / 8),)."""
+    """uint8 (ceil(x.numel() / 8),); for a transformed call, factors of x's shape and dtype."""
     scale: float = 1.0
 
 
@@ -65,7 +64,7 @@ class _LowRankLinear(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> _Grads:
         x, weight, U, mask, Ap, Bp = ctx.saved_tensors
         need_y, need_x, *_, need_A, need_B = ctx.needs_input_grad
@@ -131,7 +130,7 @@ class _AdaptedProjections(Function):
         return tuple(_unflatten(output, x) for output in y)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         x, U, mask, Ap, *tensors = ctx.saved_tensors
         n = len(grads)
@@ -169,7 +168,7 @@ class _AdaptedGroup(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> _Grads:
         x, U, Ap, Bp, *weights = ctx.saved_tensors
         need_x, *_ = ctx.needs_input_grad
@@ -204,6 +203,8 @@ def low_rank_linear(
     Returns:
         (..., out); y is not changed.
     """
+    if is_transformed():
+        return _plain(y, x, weight, bias, pack, dropped)
     if torch.is_grad_enabled():
         if dropped.mask is None and ops.differentiates_products(x):
             Ap, Bp = (
@@ -212,6 +213,23 @@ def low_rank_linear(
             return _forward(y, x, weight, bias, *dropped, Ap, Bp, ops.linear, ops.linear_add)[0]
         return _LowRankLinear.apply(y, x, weight, bias, *dropped, *pack)
     return _forward(y, x, weight, bias, dropped.mask, dropped.scale, pack.Ap, pack.Bp)[0]
+
+
+def _plain(
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pack: Packed,
+    dropped: Dropped,
+) -> Tensor:
+    """Compute ``low_rank_linear`` by operations that torch.func transforms and jit records."""
+    if y is None:
+        assert weight is not None
+        y = torch.nn.functional.linear(x, weight, bias)
+    if dropped.mask is not None:
+        x = x * dropped.mask
+    return y + x @ pack.Ap.mT @ pack.Bp
 
 
 def adapted_projections(
@@ -303,6 +321,8 @@ def dropout(x: Tensor, p: float) -> Dropped:
     """
     if p == 0:
         return NO_DROPOUT
+    if is_transformed():
+        return Dropped(torch.nn.functional.dropout(torch.ones_like(x), p))
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
     return Dropped(ops.dropout(noise, _flatten(x.detach()), p), 1 / (1 - p))

@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +30,7 @@ from torch.optim.optimizer import (
 from rasa_ext import ops
 from rasa_ext.base_layers.sharded import check_sharded_together, gather, is_sharded
 from rasa_ext.nn.adapter import OFFLOADED, Adapter, Packed
-from rasa_ext.nn.function import Function
+from rasa_ext.nn.function import Function, is_transformed
 from rasa_ext.nn.precision import is_sharing, restored
 from rasa_ext.ops import Factors
 
@@ -116,6 +115,10 @@ class PackSet:
         """Return an adapter's pack in ``dtype``, with ports if gradients are needed."""
         index, sources, grad = adapter.spec.index, adapter.sources(), torch.is_grad_enabled()
         device = sources[0].device
+        if is_transformed():
+            wide = ops.differentiable_pack(by_expert(adapter.factors()), dtype)
+            pack = [matrix.to(dtype) for matrix in wide]
+            return Packed(*pack, *pack)
         if is_compiling():
             return _alone(adapter, dtype)
         if _is_capturing(device):
@@ -177,6 +180,11 @@ class PackSet:
         cache = _PackCache(adapter.spec.index)
         if device.type == "meta" and any("_hf_hook" in vars(m) for m in adapter.owner.modules()):
             raise RuntimeError(OFFLOADED)
+        if torch.is_grad_enabled() and any(hasattr(s, "grad_sample") for s in adapter.sources()):
+            raise RuntimeError(
+                "expected a model without Opacus, which takes an example's gradients from single "
+                "layers and would miss the pools; use torch.func.vmap over torch.func.grad."
+            )
         if torch.is_grad_enabled() and adapter.sources()[0].dtype != adapter.config.adapter_dtype:
             self._restore(adapter)
         member = self._members.get(adapter.spec.index)
@@ -476,7 +484,6 @@ class _Gate(Function):
         return *down, *up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         factors: Sequence[Factors] = ctx.factors
         layers, cache = len(factors), ctx.cache()
@@ -491,8 +498,9 @@ class _Gate(Function):
             )
         results: list[Tensor | None] = [None] * (2 + 3 * layers)
         if live:
-            chosen = (_complete([side[i] for i in live]) for side in (downs, ups))
-            results[:2], own = _unpack([factors[i] for i in live], *chosen)
+            chosen = [_complete([side[i] for i in live]) for side in (downs, ups)]
+            unpack = _unpack_again if torch.is_grad_enabled() else _unpack
+            results[:2], own = unpack([factors[i] for i in live], *chosen)
             for i, of_layer in zip(live, own, strict=True):
                 results[2 + i :: layers] = of_layer
         needs = ctx.needs_input_grad[3:]
@@ -528,6 +536,26 @@ def _unpack(
     none = [None] * len(factors)
     own = zip(*(none if grads is None else grads for grads in (dA, dB, dd)), strict=True)
     return (dA_pool, dB_pool), list(own)
+
+
+def _unpack_again(
+    factors: Sequence[Factors], downs: list[Tensor], ups: list[Tensor]
+) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor | None]]]:
+    """Compute ``_unpack`` for linear layers by operations that autograd differentiates."""
+    own: list[Sequence[Tensor | None]] = []
+    pooled: list[tuple[Tensor | None, Tensor | None]] = []
+    for i, (A, _, B, B_pool, d) in enumerate(factors):
+        rows = B.mT if B_pool is None else torch.cat([B.mT, B_pool.mT])
+        down = downs[i][: len(rows)] if downs else None
+        up, dd = ups[i][: len(rows)] if ups else None, None
+        if up is not None and d is not None:
+            up, dd = up * d[:, None], (up * rows).sum(1)
+        parts = [(None, None) if m is None else (m[: len(A)], m[len(A) :]) for m in (down, up)]
+        (dA, pool_A), (dB, pool_B) = parts
+        own.append((dA, None if dB is None else dB.mT, dd))
+        pooled.append((pool_A, None if pool_B is None else pool_B.mT))
+    pools = [None if side[0] is None else sum(side) for side in zip(*pooled, strict=True)]
+    return pools, own
 
 
 def _wait(pack: tuple[Tensor, Tensor], maker: Any, packed: Any) -> None:

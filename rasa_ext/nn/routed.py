@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
 from rasa_ext.base_layers.layouts import PackedStack, multiply, multiply_back
 from rasa_ext.nn.adapter import Packed
-from rasa_ext.nn.function import Function
+from rasa_ext.nn.function import Function, first_order
 
 
 class Routing(NamedTuple):
@@ -88,7 +87,7 @@ class _Moved(Function):
         return _pairs(x, routing) if to_pairs else _summed(x, routing)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.back(grad, ctx.routing), None, None
 
@@ -102,7 +101,7 @@ class _Scaled(Function):
         return rows * d.to(V.dtype).index_select(0, routing.experts)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         V, d = ctx.saved_tensors
         routing: Routing = ctx.routing
@@ -124,7 +123,7 @@ class _PackedLinear(Function):
         return _by_expert(x, stack, offsets, multiply)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _by_expert(grad, ctx.stack, ctx.offsets, multiply_back), None, None
 
@@ -143,7 +142,7 @@ class _Linear(Function):
         return ops.experts_linear(x, weight.transpose(1, 2), offsets)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()
@@ -171,7 +170,7 @@ class _LowRank(Function):
         return ops.experts_linear(U, Bp, routing.offsets)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, U, Ap, Bp = ctx.saved_tensors
         routing, grad, dx, dAp, dBp = ctx.routing, grad.contiguous(), None, None, None

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rasa_ext.base_layers.linear import compute_dtype
 from rasa_ext.base_layers.split import Split, local_part, split_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter, Packed
-from rasa_ext.nn.function import Function
+from rasa_ext.nn.function import Function, first_order
 from rasa_ext.nn.functional import dropout, low_rank_linear
 
 
@@ -94,7 +93,7 @@ class _Part(Function):
         return port[:, split.start : split.stop] if columns else port.view_as(port)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         whole = grad.new_zeros(ctx.shape)
         (whole[:, ctx.split.start : ctx.split.stop] if ctx.columns else whole).copy_(grad)
@@ -109,7 +108,7 @@ class _Shared(Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()  # just made by one layer's backward; nothing else reads it
         dist.all_reduce(grad, group=ctx.group)

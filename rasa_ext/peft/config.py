@@ -77,7 +77,9 @@ class RasaConfig(PeftConfig):
     )
     exclude_modules: list[str] | set[str] | str | None = _shared("exclude_modules")
     layers_to_transform: list[int] | int | None = _option(
-        None, "Indices of the layers to adapt; other layers do not share the pool either."
+        None,
+        "Indices of the layers to adapt; other layers do not share the pool either. As a model is "
+        "adapted, target_modules becomes the names of the chosen layers, which every reader knows.",
     )
     layers_pattern: list[str] | str | None = _option(
         None, "Names before a layer's index in module names; needs layers_to_transform."

@@ -138,6 +138,9 @@ class RasaModel(BaseTuner):
         peft_config = cast(RasaConfig, self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # whole names, so that every reader matches equal modules
             peft_config.modules_to_save = list(trained_in_full(model, adapter_name))
+        if peft_config.layers_to_transform is not None and self._groups:
+            peft_config.target_modules = set(self._groups)
+            peft_config.layers_to_transform = peft_config.layers_pattern = None
         make_rows_optional(model)
         self._cast_adapter_dtype(adapter_name, kwargs.get("autocast_adapter_dtype", True))
         if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):

@@ -44,6 +44,12 @@ def delta(adapter: Adapter) -> Tensor:
     return up @ torch.diag(d) @ down
 
 
+def differentiable_delta(adapter: Adapter) -> Tensor:
+    """Compute ``delta`` in the adapter's dtype, with grad. There is a pool, and a d."""
+    down, up = torch.cat([adapter.A, adapter.A_pool]), torch.cat([adapter.B, adapter.B_pool], 1)
+    return (up * adapter.d) @ down
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     y = x.double() @ (weight.double() + delta(adapter)).T
     return y if bias is None else y + bias.double()

@@ -52,9 +52,8 @@ def test_compiles_as_one_graph(device):
 def test_a_second_derivative_is_refused(device):
     case = Case(device=device)
     y = functional.adapted_group(*case.args())
-    (first,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
 
 
 LENGTHS = [

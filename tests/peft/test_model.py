@@ -12,6 +12,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 
+import rasa_ext
 from rasa_ext.peft import RasaConfig
 from rasa_ext.peft.layer import pools_in_files
 from tests.helpers import models, oracle
@@ -72,6 +73,31 @@ def test_layers_to_transform_makes_smaller_pools():
     assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)]
     assert all(layer.adapter().factors()[1].shape[0] == 2 for layer in found.values())
     check_step(LLAMA, base, plain(model), model)
+
+
+EVERY_READER = [
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"layers_to_transform": [2]},
+    {"exclude_modules": ["k_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    {"exclude_modules": r".*mlp.*"},
+    {"rasa_groups": [["q_proj", "k_proj"]], "target_modules": ["q_proj", "k_proj"]},
+    {"rank_pattern": {r".*q_proj": 2}},
+    {"modules_to_save": ["norm"], "bias": "all", "trainable_token_indices": [3]},
+    {"rasa_method": "lora", "rasa_k": None, "rasa_options": {"rslora": True}},
+    {"rasa_start": "paper", "rasa_alpha": 3.0, "rasa_k": 2, "adapter_dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("options", EVERY_READER, ids=str)
+def test_every_reader_takes_what_is_saved(options, tmp_path):
+    base = LLAMA.build()
+    model = adapted(base, **options)
+    model.save_pretrained(tmp_path)
+    right = model.eval()(TOKENS).logits
+    for read in (rasa_ext.load_adapter, PeftModel.from_pretrained):
+        loaded = read(copy.deepcopy(base), str(tmp_path)).eval()
+        torch.testing.assert_close(loaded(TOKENS).logits, right)
 
 
 def test_conv1d_is_seen():
