@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rasa_ext.base_layers.linear import LinearLayer, compute_dtype, linear_shape, stored_weight
 
@@ -383,21 +382,26 @@ def multiply_back(layout: Layout, base: Any, grad: Tensor) -> Tensor:
 
 
 class _TiledLinear(torch.autograd.Function):
-    """x W^T over a packed W. The backward dequantizes again."""
+    """x W^T over a packed W, or grad W if ``back``; each is the other's backward.
+
+    A backward dequantizes again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, base: LinearLayer) -> Tensor:
-        ctx.layout, ctx.base = layout, base
+    def forward(ctx: Any, x: Tensor, layout: Layout, base: LinearLayer, back: bool) -> Tensor:
+        ctx.given = layout, base, not back
         out, width = linear_shape(base)
-        y = multiply(layout, base, x.reshape(x.numel() // width, width))
-        return y.view(*x.shape[:-1], out)
+        product, size, given = (multiply_back, width, out) if back else (multiply, out, width)
+        return product(layout, base, x.reshape(x.numel() // given, given)).view(*x.shape[:-1], size)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        out, width = linear_shape(ctx.base)
-        dx = multiply_back(ctx.layout, ctx.base, grad.reshape(grad.numel() // out, out))
-        return dx.view(*grad.shape[:-1], width), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _tiled(grad, *ctx.given), None, None, None
+
+
+def _tiled(x: Tensor, layout: Layout, base: LinearLayer, back: bool) -> Tensor:
+    y: Tensor = _TiledLinear.apply(x, layout, base, back)  # type: ignore[no-untyped-call]  # torch's
+    return y
 
 
 def tiled_linear(layout: Layout, base: LinearLayer, x: Tensor) -> Tensor:
@@ -412,5 +416,5 @@ def tiled_linear(layout: Layout, base: LinearLayer, x: Tensor) -> Tensor:
         (..., out), in autocast's dtype or that of x.
     """
     dtype = compute_dtype(x)
-    y: Tensor = _TiledLinear.apply(x.to(dtype), layout, base)  # type: ignore[no-untyped-call]  # torch's
+    y = _tiled(x.to(dtype), layout, base, False)
     return y if base.bias is None else y + base.bias.to(dtype)

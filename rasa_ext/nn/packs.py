@@ -54,6 +54,8 @@ _sharded: weakref.WeakSet[PackSet] = weakref.WeakSet()
 
 def _check_pools(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Raise RuntimeError before the first step if an engine left a pool out."""
+    if not _sharded:
+        return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     while _sharded:
         for adapter in _sharded.pop().adapters():

@@ -160,6 +160,23 @@ def test_gradients_of_all_layers(form, entrance, figure):
     assert not bad
 
 
+def second_order(model: nn.Module) -> torch.Tensor:
+    """Return the gradients of the squared norm of an adapter's gradients, in one vector."""
+    model.set_attn_implementation("eager")  # the fast kernels have no second derivative
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model(TOKENS).logits.square().mean()
+    first = torch.autograd.grad(loss, trained, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), trained)
+    return torch.cat([grad.flatten() for grad in second])
+
+
+@pytest.mark.parametrize("form", ["packed int4", "gptq", "FP8Linear"])
+def test_second_derivatives_go_through_the_base(form):
+    base = packed_model(form)
+    found, right = (second_order(patched(each)) for each in (base, dense(base, torch.float32)))
+    assert (found - right).norm() <= 1e-4 * right.norm()
+
+
 @pytest.mark.parametrize("form", FOLDERS)
 def test_folders_that_transformers_loads(form, tmp_path):
     """A patched model stays packed after forwards; unpatching restores the model."""
