@@ -5,8 +5,8 @@
     adapted_group(x, Ws, bias, ...)   -> low_rank_linear of L layers on L given inputs
 
 The backward saves the pack, x only if an A is trained, and U = x Ap^T only if a B or d is trained.
-Dropout adds a mask of one bit for each element of x. Gradients of the functions are
-first order. Where PyTorch differentiates the products, they can be differentiated again.
+Dropout adds a mask of one bit for each element of x. Gradients of the functions are first order.
+Where PyTorch differentiates the products instead, they can be differentiated again.
 """
 
 from __future__ import annotations

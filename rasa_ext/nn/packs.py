@@ -500,9 +500,8 @@ class _Gate(Function):
             )
         results: list[Tensor | None] = [None] * (2 + 3 * layers)
         if live:
-            chosen = [_complete([side[i] for i in live]) for side in (downs, ups)]
-            unpack = _unpack_again if torch.is_grad_enabled() else _unpack
-            results[:2], own = unpack([factors[i] for i in live], *chosen)
+            chosen = (_complete([side[i] for i in live]) for side in (downs, ups))
+            results[:2], own = _unpack([factors[i] for i in live], *chosen)
             for i, of_layer in zip(live, own, strict=True):
                 results[2 + i :: layers] = of_layer
         needs = ctx.needs_input_grad[3:]
@@ -532,32 +531,14 @@ def _unpack(
             dd = torch.nn.functional.pad(dd, (0, factors[0].d.shape[1] - dd.shape[1]))
         return (dA_pool, dB_pool), [(dA, dB, dd)]
     diagonals = [f.d for f in factors if f.d is not None]
-    results = ops.pack_group_backward(downs, ups, [f.B for f in factors], B_pool, diagonals)
+    # For second derivatives, by PyTorch's operations alone.
+    unpack = ops.unpack_group if torch.is_grad_enabled() else ops.pack_group_backward
+    results = unpack(downs, ups, [f.B for f in factors], B_pool, diagonals)
     wanted = [bool(downs), bool(downs), bool(ups), bool(ups), bool(ups and diagonals)]
     dA, dA_pool, dB, dB_pool, dd = (r if w else None for r, w in zip(results, wanted, strict=True))
     none = [None] * len(factors)
     own = zip(*(none if grads is None else grads for grads in (dA, dB, dd)), strict=True)
     return (dA_pool, dB_pool), list(own)
-
-
-def _unpack_again(
-    factors: Sequence[Factors], downs: list[Tensor], ups: list[Tensor]
-) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor | None]]]:
-    """Compute ``_unpack`` for linear layers by operations that autograd differentiates."""
-    own: list[Sequence[Tensor | None]] = []
-    pooled: list[tuple[Tensor | None, Tensor | None]] = []
-    for i, (A, _, B, B_pool, d) in enumerate(factors):
-        rows = B.mT if B_pool is None else torch.cat([B.mT, B_pool.mT])
-        down = downs[i][: len(rows)] if downs else None
-        up, dd = ups[i][: len(rows)] if ups else None, None
-        if up is not None and d is not None:
-            up, dd = up * d[:, None], (up * rows).sum(1)
-        parts = [(None, None) if m is None else (m[: len(A)], m[len(A) :]) for m in (down, up)]
-        (dA, pool_A), (dB, pool_B) = parts
-        own.append((dA, None if dB is None else dB.mT, dd))
-        pooled.append((pool_A, None if pool_B is None else pool_B.mT))
-    pools = [None if side[0] is None else sum(side) for side in zip(*pooled, strict=True)]
-    return pools, own
 
 
 def _wait(pack: tuple[Tensor, Tensor], maker: Any, packed: Any) -> None:

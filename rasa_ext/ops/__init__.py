@@ -26,4 +26,10 @@ from rasa_ext.ops.linear import (
     low_rank_linear,
     low_rank_linear_backward,
 )
-from rasa_ext.ops.pack import Factors, differentiable_pack, pack_group, pack_group_backward
+from rasa_ext.ops.pack import (
+    Factors,
+    differentiable_pack,
+    pack_group,
+    pack_group_backward,
+    unpack_group,
+)

@@ -97,11 +97,7 @@ def _rows(
     return rows
 
 
-@operator(
-    "pack_group_backward(Tensor[] dAp, Tensor[] dBp, Tensor[] B, Tensor? B_pool, Tensor[] d) -> "
-    "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)"
-)
-def pack_group_backward(
+def unpack_group(
     dAp: Sequence[Tensor],
     dBp: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -116,6 +112,7 @@ def pack_group_backward(
 
     dAp holds a matrix (Rp, in) for each layer, and dBp (Rp, out), in the accumulation dtype. Each
     list may be empty; the results that come from it then have no elements. So has dd if d is empty.
+    With grad, autograd can differentiate the results.
     """
     own, pooled, dtype = B[0].shape[1], 0 if B_pool is None else B_pool.shape[1], B[0].dtype
     dA, dA_pool, dB, dB_pool, dd = (B[0].new_empty(0) for _ in range(5))
@@ -132,12 +129,19 @@ def pack_group_backward(
             if B_pool is not None:
                 dots.append(torch.linalg.vecdot(up[:, own:], B_pool.t().contiguous().to(wide)))
             dd = torch.cat(dots, 1).to(dtype)
-            up *= torch.stack(list(d)).unsqueeze(-1)
+            D = torch.stack(list(d)).unsqueeze(-1)
+            up = torch.mul(up, D, out=None if torch.is_grad_enabled() else up)
         dB, dB_pool = (
             grad.mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
             for grad in (up[:, :own], up[:, own:].sum(0))
         )
     return dA, dA_pool, dB, dB_pool, dd
+
+
+pack_group_backward = operator(
+    "pack_group_backward(Tensor[] dAp, Tensor[] dBp, Tensor[] B, Tensor? B_pool, Tensor[] d) -> "
+    "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)"
+)(unpack_group)
 
 
 def differentiable_pack(
