@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 import warnings
 
@@ -22,6 +23,9 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(1)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # data may have letters that the console lacks
+            stream.reconfigure(errors="replace")
     from rasa_ext.commands.app import app
     from rasa_ext.commands.output import sentence
 

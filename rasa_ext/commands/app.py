@@ -23,8 +23,28 @@ from rasa_ext.commands.options import OTHER_NAMES, SAME
 from rasa_ext.commands.push import push
 from rasa_ext.commands.trl import app as trl_app
 
+_ELSEWHERE = {
+    "train": "use finetune",
+    "chat": "use generate",
+    "help": "use --help",
+    **dict.fromkeys(("ranks", "compress"), "`pip install ./research` adds it"),
+}
+"""What people type, and where to find it."""
+
+
+class _Group(typer.core.TyperGroup):
+    """Commands, and a pointer for what people look for by another name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first argument names; end with a pointer if there is none."""
+        if args and args[0] not in self.commands and args[0] in _ELSEWHERE:
+            ctx.fail(f"No such command {args[0]!r}: {_ELSEWHERE[args[0]]}.")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="rasa-ext",
+    cls=_Group,
     help="Fine-tune language models with RaSA (Rank-Sharing Low-Rank Adaptation). Packages add "
     "commands: `pip install ./research` adds ranks and others.",
     no_args_is_help=True,
@@ -51,7 +71,13 @@ class _Command(typer.core.TyperCommand):
                     raise typer.BadParameter(f"{word}: did you mean {option}?")
                 word = f"{option}{equals}{value}"
             words.append(word)
-        order: list[Any] = self.make_parser(ctx).parse_args(list(words))[2]
+        parsed: Any = self.make_parser(ctx).parse_args(list(words))
+        _, rest, order = parsed
+        if rest:
+            raise typer.BadParameter(
+                f"unexpected {rest[0]!r}; separate the values of an option by commas, and quote "
+                "texts with blanks."
+            )
         for option in order:
             if order.count(option) > 1 and not option.multiple:
                 raise typer.BadParameter("expected this option once.", param=option)

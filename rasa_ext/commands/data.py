@@ -14,6 +14,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -44,6 +45,16 @@ _ROLES |= {name: name for name in ("system", "user", "assistant", "tool")}
 _MORE, _COMMA, _END = (re.compile(rf"\s*{sign}") for sign in (r"\S", ",", r"\]"))
 _KEYS = {"from": "role", "value": "content"}  # of ShareGPT
 _KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+_OTHERS = {
+    b"PK\3\4": "a spreadsheet or a zip; save it as .csv",
+    b"%PDF": "a PDF; save its text as .txt",
+    b"\x28\xb5\x2f\xfd": "a file of zstd; unpack it by zstd -d",
+    b"BZh": "a file of bzip2; unpack it by bunzip2",
+    b"\xfd7zXZ": "a file of xz; unpack it by unxz",
+    b"PAR1": "Parquet; name it .parquet",
+    b"ARROW1": "Arrow; save it as .parquet",
+}
+"""Formats that are not text, by their first bytes."""
 
 
 class DataError(ValueError):
@@ -53,17 +64,22 @@ class DataError(ValueError):
 def files_of(sources: str | Sequence[str], option: str) -> list[str]:
     """Return the files and hub data sets that an option names; patterns become files, sorted.
 
-    Raises DataError, naming the option, for a path or a pattern without a file.
+    Raises DataError, naming the option, for a path or a pattern without a file, and for a file that
+    is named twice.
     """
     files: list[str] = []
     for source in [sources] if isinstance(sources, str) else sources:
+        source = os.path.expanduser(source)
         there = [source] if Path(source).exists() else sorted(glob.glob(source))
         named = [name for name in there if Path(name).is_file()]
         local = source.removesuffix(".gz").endswith(_SUFFIXES) or source.startswith((".", "/", "~"))
         if not named and (local or Path(source).is_dir() or glob.has_magic(source)):
             what = "is a directory" if Path(source).is_dir() else "does not exist"
             raise DataError(f"{option}: expected files or a hub data set, but {source} {what}.")
-        files += named or [source]
+        for name in named or [source]:
+            if name in files:
+                raise DataError(f"{option}: expected every file once, but {name} is named twice.")
+            files.append(name)
     return files
 
 
@@ -128,15 +144,17 @@ def _values(source: str, option: str) -> Iterable[tuple[str, Any]]:
 
 def _text(path: Path) -> str:
     raw = path.read_bytes()
-    if path.suffix == ".gz":
+    if path.suffix == ".gz" or raw.startswith(b"\x1f\x8b"):
         raw = gzip.decompress(raw)
-    if raw.startswith(b"PK\3\4"):
-        raise DataError(f"{path}: expected text, got a spreadsheet or a zip; save it as .csv.")
+    for start, what in _OTHERS.items():
+        if raw.startswith(start):
+            raise DataError(f"{path}: expected text, got {what}.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        code = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        code = "cp1252" if re.search(rb"[\x80-\x9f]", raw) else "latin1"
+        code = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else code
         cure = f"try iconv -f {code} -t utf-8"
         raise DataError(f"{path}, line {line}: expected UTF-8; {cure}.") from None
 
@@ -151,8 +169,8 @@ def _objects(source: str, text: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {line}: expected JSON, but got {error}.") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source}, line {line}: {_no_json(text, start, error)}") from None
         yield f"{source}, line {line}", value
         line += text.count("\n", start, end)
         if inside and (match := _COMMA.match(text, end)):
@@ -164,8 +182,16 @@ def _objects(source: str, text: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{source}, line {line}: expected ']', got the end of the file.")
 
 
+def _no_json(text: str, start: int, error: Exception) -> str:
+    """Return why no JSON value begins at ``start``."""
+    if re.match(r"[{\[]?\s*'", text[start:]):
+        return 'expected JSON, which quotes by ", got single quotes.'
+    return f"expected JSON, one value a line or an array, but got {str(error).partition(';')[0]}."
+
+
 def _table(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a CSV file, with every field as text."""
+    csv.field_size_limit(1 << 30)  # by default a field, such as a document, ends the reading
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     (*more, name) = reader.fieldnames or [""]
     if not more and re.search(r"[;\t]", name):
@@ -208,16 +234,21 @@ def _row(where: str, value: Any, prompts: Sequence[str], completion: str) -> Row
     if names == ("prompt", "completion") and not given.keys() & set(names) and "text" in given:
         names = ("text",)
     if missing := [name for name in names if name not in given]:
-        raise DataError(f"{where}: expected the key {missing[0]!r}, {_hint(missing[0], given)}.")
+        if missing[0] in value:
+            raise DataError(f"{where}, {missing[0]!r}: expected text, got nothing.")
+        raise DataError(
+            f"{where}: expected the key {missing[0]!r}, {_hint(where, missing[0], given)}."
+        )
     texts = [_as(str, given[name], f"{where}, {name!r}") for name in names]
-    if not texts[-1]:
-        raise DataError(f"{where}, {names[-1]!r}: expected text, got an empty string.")
+    if not texts[-1].strip():
+        what = "blanks" if texts[-1] else "an empty string"
+        raise DataError(f"{where}, {names[-1]!r}: expected text, got {what}.")
     if len(texts) == 1:
         return {"text": texts[0]}
     return {"prompt": "\n\n".join(filter(None, texts[:-1])), "completion": texts[-1]}
 
 
-def _hint(name: str, given: Row) -> str:
+def _hint(where: str, name: str, given: Row) -> str:
     """Return what a row without the key ``name`` has, and what to do."""
     if "chosen" in given:
         return "got 'chosen' and 'rejected', which are for `rasa-ext trl dpo`"
@@ -226,13 +257,15 @@ def _hint(name: str, given: Row) -> str:
     if near := difflib.get_close_matches(name, given, 1):
         return f"got {near[0]!r}; rename it"
     there = ", ".join(map(repr, given)) or "none"
+    if re.search(r"\.[ct]sv(\.gz)?, line \d+$", where):
+        return f"got {there} in line 1, which names the columns"
     return f"got {there}; --prompt-field and --completion-field set other names"
 
 
 def _as(kind: type, value: Any, where: str) -> Any:
     """Return a value of a kind, also one that is written as JSON. Raises DataError for others."""
     if kind is not str and isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, kind):
         return value
@@ -258,6 +291,11 @@ def _turn(value: Any, where: str) -> dict[str, Any]:
         if role not in _ROLES:
             raise DataError(f"{where}, 'from': expected {', '.join(_ROLES)}, got {role!r}.")
         turn["role"] = _ROLES[role]
+    if turn.get("weight", 1) != 1:
+        raise DataError(
+            f"{where}, 'weight': expected 1, got {turn['weight']!r}: every answer is trained; end "
+            "the conversation before this turn."
+        )
     if "tool_calls" in turn:
         calls = _as(list, turn["tool_calls"], f"{where}, 'tool_calls'")
         turn["tool_calls"] = [_call(call, f"{where}, 'tool_calls'") for call in calls]

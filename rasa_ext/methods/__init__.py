@@ -86,7 +86,8 @@ def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:
             return config
     raise ValueError(
         f"{what}: expected {' or '.join(map(repr, sorted(every_method())))}, got {name!r}; "
-        "upgrade rasa_ext, or install and import the package that defines the method."
+        "upgrade rasa_ext, or install the package that defines the method, such as rasa_research "
+        "by `pip install ./research`."
     )
 
 

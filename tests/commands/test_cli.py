@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,6 +55,33 @@ def test_merge_writes_a_standalone_model(base, tuned, expected, tmp_path):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     both = [AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", base)]
     assert both[0]("what is").input_ids == both[1]("what is").input_ids
+
+
+@pytest.mark.parametrize(("word", "said"), [("train", "finetune"), ("chat", "generate")])
+def test_a_command_of_another_name_is_pointed_to(word, said):
+    assert f"No such command '{word}': use {said}." in invoke(word, code=2)
+
+
+def test_values_without_commas_are_told_apart_from_arguments():
+    words = ("finetune", "--target-modules", "q_proj", "v_proj")
+    assert "unexpected 'v_proj'; separate the values of an option by commas" in invoke(
+        *words, code=2
+    )
+
+
+def test_an_ascii_console_ends_no_run():
+    code = """if True:
+        import sys
+        from rasa_ext.commands import main
+        sys.argv = ["rasa-ext", "--version"]
+        try:
+            main()
+        except SystemExit:
+            print("O\\u00f9")
+    """
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | plain, capture_output=True)
+    assert done.stdout.split() == [rasa_ext.__version__.encode(), b"O?"], done.stderr
 
 
 def test_merge_in_another_dtype(base, tuned, tmp_path):

@@ -1,9 +1,11 @@
 """Data: exactly which tokens have a loss, and the errors for bad lines."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import signal
 from pathlib import Path
 
@@ -239,8 +241,13 @@ def called(function: object) -> dict:
 
 
 WRONG_LINES = {
-    "{'prompt': 'a'}": ": expected JSON, but got Expecting property name enclosed in double quotes",
-    "a line of text": ": expected JSON, but got Expecting value",
+    "{'prompt': 'a'}": ': expected JSON, which quotes by ", got single quotes.',
+    "a line of text": ": expected JSON, one value a line or an array, but got Expecting value",
+    "[" * 100_000: ": expected JSON, one value a line or an array, but got maximum recursion",
+    f'{{"prompt": {"1" * 5000}}}': ": expected JSON, one value a line or an array, but got Exceeds",
+    '{"prompt": "a", "completion": null}': ", 'completion': expected text, got nothing.",
+    '{"prompt": "a", "completion": " \\n"}': ", 'completion': expected text, got blanks.",
+    turns({**FOUR, "weight": 0}): ", turn 2, 'weight': expected 1, got 0: every answer is trained",
     "[1]": ": expected an object, got 1.",
     "{}": ": expected the key 'prompt', got none; --prompt-field and --completion-field set",
     '{"prompt": "a"}': ": expected the key 'completion', got 'prompt'; --prompt-field",
@@ -280,7 +287,7 @@ def answer(line: str, path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("line", WRONG_LINES)
+@pytest.mark.parametrize("line", WRONG_LINES, ids=lambda line: line[:80])
 def test_a_wrong_line_is_answered_with_its_place_and_key(tmp_path, line):
     said = answer(line, tmp_path / "train.jsonl")
     place = f"{tmp_path / 'train.jsonl'}, line 3"
@@ -335,6 +342,22 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path, monkeypatch):
         write_jsonl(tmp_path / f"{name}.jsonl", [pair(name, "x")])
     found = read_examples(["b1.jsonl", "a?.jsonl", "a[1].jsonl"])
     assert [row["prompt"] for row in found] == ["b1", "a1", "a2", "a[1]"]
+
+
+def test_long_fields_a_lost_suffix_and_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    long = "word " * 40_000
+    (tmp_path / "d.csv").write_text(f"text\n{long}\n")
+    (tmp_path / "d.jsonl").write_bytes(gzip.compress(GOOD.encode()))
+    assert read_examples(["~/d.csv", "~/d.jsonl"]) == [{"text": long}, pair("a", "b")]
+
+
+def test_a_file_counts_once(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(GOOD)
+    for again in (str(path), str(tmp_path / "d*.jsonl")):
+        with pytest.raises(DataError, match=r"^data: expected every file once, but .* named twice"):
+            read_examples([str(path), again])
 
 
 def test_json_may_be_packed_and_is_read_as_it_stands(tmp_path):
@@ -440,7 +463,8 @@ BAD_FILES = [
     ("d.json", '[{"text": "a"},\n', "d.json, line 2: expected ']', got the end"),
     ("d.json", '[{"text": "a"}\n{"text": "b"}]', "d.json, line 1: expected ',' or ']'"),
     ("d.json", '{"text": 3}', "d.json, line 1, 'text': expected text, got 3."),
-    ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected the key 'completion', got"),
+    ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3, 'completion': expected text, got no"),
+    ("d.csv", "What is 2?,2\na,b\n", "the key 'prompt', got 'What is 2.', '2' in line 1, which na"),
     ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected 2 fields, as in line 1, got"),
     ("d.csv", 'prompt,completion\na,"b', r"d.csv: no .csv that parses: unexpected end of data"),
     ("d.csv", "prompt;completion\na;b", "line 1: expected columns apart by ',', got 'prompt;comp"),
@@ -455,7 +479,15 @@ BAD_FILES = [
         "no .gz that parses: Compressed file ended",
     ),
     ("d.xlsx", b"PK\3\4\0", "d.xlsx: expected text, got a spreadsheet or a zip; save it as .csv."),
+    ("d.pdf", b"%PDF-1.7", "d.pdf: expected text, got a PDF; save its text as .txt."),
+    ("d.jsonl.zst", b"\x28\xb5\x2f\xfd\xe9", "got a file of zstd; unpack it by zstd -d."),
+    ("d.jsonl.bz2", bz2.compress(GOOD.encode()), "got a file of bzip2; unpack it by bunzip2."),
+    ("d.jsonl.xz", lzma.compress(GOOD.encode()), "got a file of xz; unpack it by unxz."),
+    ("d.arrow", b"ARROW1\0\0\xe9", "got Arrow; save it as .parquet."),
+    ("d.jsonl", b"PAR1\xe9", "got Parquet; name it .parquet."),
+    ("d.yaml", "- prompt: a\n", "line 1: expected JSON, one value a line or an array, but got Exp"),
     ("d.jsonl", LATIN, "line 2: expected UTF-8; try iconv -f latin1 -t utf-8."),
+    ("d.jsonl", b'{"text": "\x93a\x94"}', "line 1: expected UTF-8; try iconv -f cp1252 -t utf-8."),
     ("d.jsonl", GOOD.encode("utf-16"), "line 1: expected UTF-8; try iconv -f utf-16"),
     ("missing.jsonl", None, r"data: expected files .*missing\.jsonl does not exist"),
     ("d*.jsonl", None, r"data: expected files .*d\*\.jsonl does not exist"),
