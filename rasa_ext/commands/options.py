@@ -261,7 +261,8 @@ class FinetuneOptions:
             raise ValueError(
                 f"{name}: expected none with the method {self.method!r}, got {given[name]!r}."
             )
-        usual = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "seed")}
+        names = ("rank", "alpha", "dropout", "seed", "template")
+        usual = {name: getattr(self, name) for name in names}
         usual["target_modules"] = parse_targets(self.target_modules)
         if config is methods.RasaConfig:
             usual["k"] = None  # the config then applies the paper's rule
@@ -325,21 +326,15 @@ def check_loop(config: AdapterConfig | type[AdapterConfig], argument: str) -> No
 
 
 def trained_with_template(name: str | Path) -> bool:
-    """Return whether `finetune` trained an adapter with the chat template; True for others."""
-    record = Path(name) / RECORD
-    if not record.is_file():
-        return True
-    try:
-        return bool(yaml.safe_load(record.read_text("utf-8")).get("template", True))
-    except (AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{record}: expected a run's options as YAML, but reading them failed: {error}; delete "
-            "the file, and pass --no-template to evaluate and generate if it had template: false."
-        ) from None
+    """Return whether an adapter was trained with the chat template; True for other models."""
+    from rasa_ext.checkpoint.files import CONFIG, read_config
+
+    adapter = (Path(name) / CONFIG).is_file()
+    return not adapter or bool(read_config(name).get("rasa_template", True))
 
 
 def note_template(adapter: Path) -> None:
-    """Print that an adapter was trained without a chat template, which only finetune.yaml says."""
+    """Print that an adapter was trained without a chat template."""
     if not trained_with_template(adapter):
         console.print(
             "The adapter was trained without a chat template: send it plain prompts, and pass "

@@ -213,12 +213,12 @@ def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[
     if settings.get("peft_type") == "LORA":
         read = read_lora(options.init_adapter)
         lora = convert_lora(model, read, options.init_adapter, options.k or 0)
-        return lora.config, lora.tensors
+        return dataclasses.replace(lora.config, template=options.template), lora.tensors
     if options.k is not None:
         raise ValueError(f"k: expected none, as init_adapter has its own, got {options.k}.")
     config = read_method(settings)
     check_loop(config, "init_adapter")
-    return config, tensors
+    return dataclasses.replace(config, template=options.template), tensors
 
 
 def _load(options: FinetuneOptions) -> Any:

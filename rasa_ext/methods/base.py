@@ -132,6 +132,15 @@ class AdapterConfig:
         "bfloat16 here saves memory but rounds away small optimizer steps.",
     )
 
+    template: bool = dataclasses.field(
+        default=True,
+        compare=False,
+        metadata={
+            "help": "Whether the adapter was trained on the model's chat template; the commands "
+            "evaluate and generate then ask through it."
+        },
+    )
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register a method by name; raise ValueError if another method has the name."""
         super().__init_subclass__(**kwargs)
@@ -287,6 +296,8 @@ class AdapterConfig:
             "adapter_dtype": str(self.adapter_dtype).removeprefix("torch."),
             "rasa_dropout": self.dropout,
         }
+        if not self.template:
+            settings["rasa_template"] = False
         if self.tokens:
             settings["trainable_token_indices"] = tokens_to_json(self.tokens)
         if self.method != OFFICIAL:
@@ -347,7 +358,7 @@ class AdapterConfig:
         return [
             f"{field.name}: {getattr(self, field.name)!r}, {getattr(other, field.name)!r}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
+            if field.compare and getattr(self, field.name) != getattr(other, field.name)
         ]
 
 
@@ -376,7 +387,7 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
 
 def key_of(field: str) -> str:
     """Return the name of a config's field in ``adapter_config.json`` and in PEFT."""
-    shared = {f.name for f in dataclasses.fields(AdapterConfig)} - {"dropout", "groups"}
+    shared = {f.name for f in dataclasses.fields(AdapterConfig)} - {"dropout", "groups", "template"}
     same = field in shared or field == "rank_pattern"
     return field if same else {"rank": "r"}.get(field, f"rasa_{field}")
 

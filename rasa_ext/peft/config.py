@@ -115,6 +115,7 @@ class RasaConfig(PeftConfig):
         "values, for tests.",
     )
     adapter_dtype: str = _shared("adapter_dtype", default="float32")
+    rasa_template: bool = _shared("template", default=True)
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
 
     def __post_init__(self) -> None:

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext.commands import generate, measuring
 from rasa_ext.commands.app import app
 from rasa_ext.commands.measuring import by_pattern
+from rasa_ext.commands.options import trained_with_template
 from tests.helpers.cli import invoke, load
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
@@ -37,16 +39,19 @@ def test_what_is_made_of_an_adapter_without_a_template_says_so(command, folder, 
     assert ["trained without a chat template" in text for text in texts] == [False, True]
 
 
-@pytest.mark.parametrize("record", ["- a\n- list\n", "{", "\xff"])
-@pytest.mark.parametrize("command", ["merge", "export-lora", "generate", "evaluate"])
-def test_a_damaged_record_is_told_before_any_work(command, record, folder, tmp_path):
-    shutil.copytree(folder / "one", tmp_path / "one")
-    (tmp_path / "one/finetune.yaml").write_text(record, encoding="latin-1")
-    output = ("--output", tmp_path / "out")
-    more = {"generate": ("--prompt", "x"), "evaluate": ("--data", folder / "test.jsonl")}
-    text = invoke(command, tmp_path / "one", *more.get(command, output), code=1)
-    assert f"Error: {tmp_path}/one/finetune.yaml: expected a run's options as YAML" in text
-    assert not (tmp_path / "out").exists()
+def test_how_an_adapter_is_asked_stays_with_it(folder, tmp_path):
+    """In both front ends, and in an adapter that is trained on."""
+    base = str(folder / "base")
+    for name, template in (("one", True), ("two", False)):
+        assert trained_with_template(folder / name) is template
+        rasa_ext.save_adapter(rasa_ext.load_adapter(load(base), folder / name), tmp_path / "ours")
+        PeftModel.from_pretrained(load(base), folder / name).save_pretrained(tmp_path / "peft")
+        found = [trained_with_template(tmp_path / again) for again in ("ours", "peft")]
+        assert found == [template] * 2
+    words = ["--model", base, "--data", folder / "train.jsonl", "--max-steps", 1]
+    words += ["--init-adapter", folder / "one", "--no-template", "--output", tmp_path / "on"]
+    invoke("finetune", *words)
+    assert trained_with_template(tmp_path / "on") is False
 
 
 def test_conversations_without_a_template_are_asked_alike_in_every_form(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_fields_are_the_arguments():
     """
     parameters = inspect.signature(rasa_ext.patch_model).parameters
     fields = {field.name: field for field in dataclasses.fields(RasaConfig)}
-    for name in ("rank_pattern",):
+    for name in ("rank_pattern", "template"):
         assert len(fields.pop(name).metadata["help"]) > 20
     assert set(fields) == {name for name in parameters if name not in ("model", "config")}
     for name, field in fields.items():
