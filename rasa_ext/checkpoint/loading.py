@@ -181,10 +181,18 @@ def load_tensors_into(
     _check_ties(root, plan, tensors, where)
     if not patched:
         let_it_save(model, apply_plan(model, plan, new=False))
+    replaced = patch_state(model).replaced
+    earlier = replaced.keys() - set(by_hand.values())
+    for parameter in earlier:
+        parameter.requires_grad_(False)
     for parameter in by_hand.values():
         parameter.requires_grad_(True)
     live = {**adapter_tensors(model), **by_hand}
-    with torch.no_grad(), gathered(model, live.values(), write=True):
+    with torch.no_grad(), gathered(model, (*live.values(), *earlier), write=True):
+        for parameter in by_hand.values():
+            replaced.setdefault(parameter, parameter.detach().clone())
+        for parameter in earlier:
+            parameter.copy_(replaced.pop(parameter))
         for key, tensor in live.items():
             if key in tensors:  # else unfrozen by hand, here only
                 fill(tensor, tensors[key])

@@ -174,7 +174,8 @@ def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def unpatch(model: nn.Module) -> nn.Module:
     """Remove the adapters and restore base weights, modules and ``requires_grad`` flags.
 
-    A merged model is unmerged first. Modules of ``modules_to_save`` keep their trained values.
+    A merged model is unmerged first. Modules of ``modules_to_save``, and what was unfrozen by hand,
+    keep their trained values; what ``load_adapter`` brought beside the adapter goes.
 
     Args:
         model: a patched model.
@@ -192,6 +193,9 @@ def unpatch(model: nn.Module) -> nn.Module:
         True
     """
     unmerge(model)
+    with torch.no_grad():
+        for parameter, value in patch_state(model).replaced.items():
+            parameter.copy_(value)
     return remove_layers(model)
 
 

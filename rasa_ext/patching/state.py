@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import re
+import weakref
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import AdaptedModule
@@ -26,6 +31,12 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+_clock = itertools.count()
+_stepped: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""When an optimizer stepped a parameter, by ``_clock``."""
+_counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+
+
 @dataclasses.dataclass
 class PatchState:
     """State of a patched model: what ``summary`` reports and ``unpatch`` needs."""
@@ -41,6 +52,10 @@ class PatchState:
     """Dtype that the last merge was asked to give dequantized weights."""
     merged_of: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Checksums of the adapter's parameters at the last merge, by name."""
+    replaced: dict[nn.Parameter, Tensor] = dataclasses.field(default_factory=dict)
+    """Parameters of the base that a loaded adapter brought, with the base's values."""
+    since: int = dataclasses.field(default_factory=functools.partial(next, _clock))
+    """When the model was patched, by ``_clock``."""
     disabled: int = 0
     """Number of open ``disable_adapter`` contexts."""
     merge_again: bool = False
@@ -50,6 +65,20 @@ class PatchState:
     def config(self) -> AdapterConfig:
         """The adapter's config."""
         return self.plan.config
+
+
+def _note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Note what an optimizer steps first, or after a group was added."""
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _counts.get(optimizer) != count:
+        _counts[optimizer], now = count, next(_clock)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    _stepped[parameter] = now
+
+
+register_optimizer_step_pre_hook(_note)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -229,9 +258,16 @@ def parameters_of_adapters(model: nn.Module) -> dict[nn.Parameter, None]:
 
 
 def trained_by_hand(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters, by name, that the user unfroze after patching, such as norms."""
-    known = set(parameters_of_adapters(root))
-    for name in patch_state(root).plan.modules_to_save:
+    """Return the parameters, by name, that the user unfroze after patching, such as norms.
+
+    Those that were trained and then frozen again, as code for evaluation does, are among them.
+    """
+    known, state = set(parameters_of_adapters(root)), patch_state(root)
+    for name in state.plan.modules_to_save:
         known.update(root.get_submodule(name).parameters())
     named = root.named_parameters()
-    return {inner_name(n): p for n, p in named if p.requires_grad and p not in known}
+    return {
+        inner_name(n): p
+        for n, p in named
+        if (p.requires_grad or _stepped.get(p, -1) > state.since) and p not in known
+    }

@@ -31,6 +31,7 @@ from tests.helpers.adapters import (
     patched,
     same_adapters,
     same_bits,
+    same_tensors,
 )
 from tests.helpers.models import (
     BERT,
@@ -220,6 +221,41 @@ def test_what_was_unfrozen_by_hand(entry, kinds, tmp_path):
     read = PeftModel.from_pretrained(entry.build(), tmp_path)
     error = rounding(entry, rasa_ext.merge_and_unload(copy.deepcopy(model)))
     oracle.assert_close(logits(entry, read), logits(entry, model), error)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_was_trained_by_hand_and_frozen_before_saving(kind, tmp_path):
+    """Code for evaluation freezes whole models. What was trained before patching is the base's."""
+    base = LLAMA.build()
+    train(base, base.model.layers[0].parameters(), kind)
+    plain = copy.deepcopy(base)
+    base.zero_grad()
+    model = rasa_ext.patch_model(base, RANK, 1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+    train(model, model.parameters(), kind)
+    model.requires_grad_(False)
+    rasa_ext.save_adapter(model, tmp_path)
+    assert {"norm" in key or "rasa" in key for key in read(tmp_path)[1]} == {True}
+    assert same_adapters(rasa_ext.load_adapter(plain, tmp_path), model)
+
+
+def train(model, parameters, kind):
+    optimizer = kind(list(parameters), lr=0.1)
+    LLAMA.loss(model.train(), LLAMA.inputs(0))[1].backward()
+    optimizer.step()
+
+
+def test_an_adapter_leaves_what_it_brought_when_another_comes_or_it_goes(tmp_path):
+    base, one, two = LLAMA.build(), unfrozen(LLAMA, "norm"), patched(LLAMA.build(), seed=4)
+    rasa_ext.save_adapter(one, tmp_path / "one")
+    rasa_ext.save_adapter(two, tmp_path / "two")
+    model = rasa_ext.load_adapter(LLAMA.build(), tmp_path / "one")
+    assert same_adapters(model, one)
+    assert same_adapters(rasa_ext.load_adapter(model, tmp_path / "two"), two)
+    assert same_adapters(rasa_ext.load_adapter(model, tmp_path / "one"), one)
+    assert same_tensors(rasa_ext.unpatch(model).state_dict(), base.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_an_adapter_without_them_loads_beside_what_was_unfrozen_by_hand(tmp_path):
