@@ -51,6 +51,7 @@ def expand(
     directory: str | os.PathLike[str],
     skeleton: Callable[[], nn.Module] | None = None,
     keeps: Callable[[str], bool] | None = None,
+    check: Callable[[dict[str, Any], dict[str, Shape], int], None] | None = None,
 ) -> Expanded:
     """Read an adapter of any method as a LoRA.
 
@@ -60,6 +61,8 @@ def expand(
         directory: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
         skeleton: makes the base, possibly on the meta device, if the files lack the layers' shapes.
         keeps: whether a layer's pool is kept apart if other layers share it; by default none is.
+        check: called before anything is computed, with the content of ``adapter_config.json``, the
+            shapes (out, in) of the layers by name, and the LoRA's rank.
 
     Returns:
         The LoRA and the pools. A layer's ranks are its own, and at least 1.
@@ -107,18 +110,27 @@ def expand(
                 )
                 shared.setdefault((pattern(name), group.shape), {})[name] = A_pool, B_pool, pooled
                 layers[name] = Factors(A, None, B, None, own)
-    loras, rank = dict(heads), 0
+    loras = dict(heads)
+    # vLLM takes no LoRA of rank 0.
+    ranks = {name: max(len(each.A) + len(_rows(each.A_pool)), 1) for name, each in layers.items()}
+    rank = max(ranks.values(), default=0)
+    if check is not None:
+        shapes = {name: (len(each.B), each.A.shape[1]) for name, each in layers.items()}
+        check(config, shapes, rank)
     for name, each in layers.items():
         Ap, Bp = ops.differentiable_pack(each, torch.float32)
-        A, B = at_rank(Ap, Bp.t(), max(len(Ap), 1))  # vLLM takes no LoRA of rank 0
+        A, B = at_rank(Ap, Bp.t(), ranks[name])
         loras[f"{PREFIX}{name}.lora_A.weight"], loras[f"{PREFIX}{name}.lora_B.weight"] = A, B
-        rank = max(rank, len(A))
     settings = plain_settings(
         rank,
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
         modules_to_save=sorted({_module(key) for key in heads}) or None,
     )
     return Expanded(settings, loras, [_joined(each) for each in shared.values()])
+
+
+def _rows(pool: Tensor | None) -> Tensor | tuple[()]:
+    return () if pool is None else pool
 
 
 def _heads(tensors: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> dict[str, Tensor]:

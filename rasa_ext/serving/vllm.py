@@ -76,8 +76,13 @@ def _reading(load: Any) -> Any:
             return load(self, lora_request)
         manager, config = self._adapter_manager, self.lora_config
         pools = getattr(manager, "rasa_pools", None)
-        found = expand(folder, lambda: _skeleton(manager.model.config), pools and pools.keeps)
-        _check_rank(found.settings["r"], config.max_lora_rank, lora_request.lora_name)
+
+        def check(settings: Any, shapes: Any, rank: int) -> None:
+            _check_rank(rank, config.max_lora_rank, lora_request.lora_name)
+            _check_base(manager, settings, shapes, lora_request.lora_name)
+
+        skeleton = functools.partial(_skeleton, manager.model.config)
+        found = expand(folder, skeleton, pools and pools.keeps, check)
         kept = pools and pools.ready(found.pools, lora_request.lora_name)
         tensors = {key: tensor.to(config.lora_dtype) for key, tensor in found.tensors.items()}
         request = copy.copy(lora_request)
@@ -97,6 +102,46 @@ def _skeleton(config: Any) -> Any:
 
     with torch.device("meta"):
         return getattr(transformers, config.architectures[0])(config)
+
+
+def _check_base(
+    manager: Any, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], adapter: str
+) -> None:
+    """Raise ValueError if an adapter is of a base of another width or depth."""
+    from rasa_ext.serving.vllm_pools import layers_of, vllm_name
+
+    sites = {
+        layer: module
+        for name, module in getattr(manager, "modules", {}).items()
+        for layer in layers_of(manager, name)
+    }
+    ours = {vllm_name(manager, name): shape for name, shape in shapes.items()} if sites else {}
+    which = f"{adapter!r}: expected an adapter of this base, but"
+    for name, (_, width) in ours.items():
+        base = getattr(sites.get(name), "base_layer", None)
+        if (size := getattr(base, "input_size", width)) != width:
+            raise ValueError(f"{which} {name} has {width} inputs in the adapter, here {size}.")
+    depth, theirs = _depths(sites), _depths(ours)
+    every = getattr(manager.model.config.get_text_config(), "num_hidden_layers", 0) if sites else 0
+    chosen = f"{settings.get('target_modules')} {settings.get('exclude_modules') or ''}"
+    for kind in theirs.keys() & depth.keys():
+        # A stage of a pipeline has a part of the layers.
+        few = theirs[kind] < depth[kind] and not re.search(r"\d|\[\^|\\", chosen)
+        if few or theirs[kind] > max(depth[kind], every):
+            raise ValueError(
+                f"{which} it has {theirs[kind]} layers {kind}, here {max(depth[kind], every)}."
+            )
+
+
+def _depths(names: Any) -> dict[str, int]:
+    """Return one more than the largest index, by the names of layers without the index."""
+    from rasa_ext.patching.grouping import pattern
+
+    found: dict[str, int] = {}
+    for name in names:
+        if index := re.search(r"(?<=\.)\d+(?=\.)", name):
+            found[pattern(name)] = max(found.get(pattern(name), 0), int(index[0]) + 1)
+    return found
 
 
 def _check_rank(rank: int, limit: int, name: str) -> None:

@@ -24,7 +24,6 @@ def share_pools(k: int) -> None:
 
     Raises ImportError or AttributeError if vLLM lacks the methods that this wraps.
     """
-    from vllm.lora.layers import ClassificationHeadWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
 
@@ -34,8 +33,8 @@ def share_pools(k: int) -> None:
     @functools.wraps(register)
     def register_module(self: Any, module_name: str, module: Any) -> None:
         register(self, module_name, module)
-        heads = isinstance(module, ClassificationHeadWithLoRA)
-        if isinstance(module, BaseLinearLayerWithLoRA) and not heads:
+        head = "ClassificationHead" in type(module).__name__  # vLLM 0.33 has two kinds
+        if isinstance(module, BaseLinearLayerWithLoRA) and not head:
             if not hasattr(self, "rasa_pools"):
                 self.rasa_pools = Pools(self, k)
             self.rasa_pools.add(module_name, module)
@@ -81,9 +80,7 @@ class Pools:
 
     def add(self, name: str, module: Any) -> None:
         """Allocate a layer's d, and the pool of its kind with the first of these layers."""
-        prefix, dot, last = name.rpartition(".")
-        packed = self.manager.packed_modules_mapping.get(last, [])
-        layers = [f"{prefix}{dot}{each}" for each in packed] if len(packed) > 1 else [name]
+        layers = layers_of(self.manager, name)
         if len(layers) not in (1, module.n_slices):
             return  # pools of such layers are expanded
         A, B = module.lora_a_stacked, module.lora_b_stacked
@@ -149,14 +146,27 @@ class Pools:
 
     def _name(self, name: str) -> str:
         """Return vLLM's name of a layer of a file."""
-        from vllm.lora.utils import parse_fine_tuned_lora_name
-
-        mapper = getattr(self.manager.model, "hf_to_vllm_mapper", None)
-        mapper = mapper and mapper.get_rename_mapper()
-        ours, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+        ours = vllm_name(self.manager, name)
         # Some models without a head lack this prefix in files.
         headless = self.manager.is_pooling_model and pattern(ours) not in self.kinds
-        return f"model.{ours}" if headless else str(ours)
+        return f"model.{ours}" if headless else ours
+
+
+def layers_of(manager: Any, name: str) -> list[str]:
+    """Return the names of the layers that a module of vLLM computes, such as q, k and v."""
+    prefix, dot, last = name.rpartition(".")
+    packed = manager.packed_modules_mapping.get(last, [])
+    return [f"{prefix}{dot}{each}" for each in packed] if len(packed) > 1 else [name]
+
+
+def vllm_name(manager: Any, name: str) -> str:
+    """Return vLLM's name of a layer of a file, without the prefix of models without a head."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    mapper = mapper and mapper.get_rename_mapper()
+    ours, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+    return str(ours)
 
 
 def _add_pools(self: Any, x: Tensor, output: Tensor) -> Tensor:

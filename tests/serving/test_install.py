@@ -16,7 +16,7 @@ import torch
 
 import rasa_ext
 from rasa_ext.checkpoint import read_lora
-from rasa_ext.serving import register
+from rasa_ext.serving import expansion, register
 from rasa_ext.serving.vllm import POOLS, TESTED
 from tests.helpers.adapters import patched
 from tests.helpers.tiny_lm import make_model
@@ -85,6 +85,58 @@ def test_the_error_names_the_rank_to_pass(vllm, folder):
     register()
     with pytest.raises(ValueError, match=r"at least 5 .*'mine'.*got 1; .*--max-lora-rank 8\."):
         vllm(1)._load_adapter(Request("mine", folder))
+
+
+def test_the_rank_is_compared_before_anything_is_computed(vllm, folder, monkeypatch):
+    register()
+    monkeypatch.setattr(expansion.ops, "differentiable_pack", None)
+    with pytest.raises(ValueError, match="--max-lora-rank"):
+        vllm(1)._load_adapter(Request("mine", folder))
+
+
+def packed_names(name):
+    return name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"), True
+
+
+def over(vllm, monkeypatch, **sizes):
+    """Return a manager whose modules are vLLM's over a model of these sizes."""
+    monkeypatch.setattr(
+        sys.modules["vllm.lora.utils"],
+        "parse_fine_tuned_lora_name",
+        lambda name, mapper: packed_names(name),
+        raising=False,
+    )
+    manager, model = vllm(64), make_model(**sizes)
+    manager._adapter_manager = types.SimpleNamespace(
+        model=model,
+        packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj", "v_proj"]},
+        modules={
+            name.replace("q_proj", "qkv_proj"): types.SimpleNamespace(
+                base_layer=types.SimpleNamespace(input_size=module.in_features)
+            )
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.endswith(("k_proj", "v_proj"))
+        },
+    )
+    return manager
+
+
+def test_an_adapter_of_another_base_is_refused_by_the_first_difference(vllm, tmp_path, monkeypatch):
+    register()
+    mine = make_model().config
+    others = {
+        "narrow": {"hidden_size": 2 * mine.hidden_size},
+        "deep": {"num_hidden_layers": mine.num_hidden_layers - 1},
+        "shallow": {"num_hidden_layers": mine.num_hidden_layers + 1},
+    }
+    rasa_ext.save_adapter(patched(make_model(), 4, 1), tmp_path)
+    over(vllm, monkeypatch)._load_adapter(Request("mine", str(tmp_path)))
+    for name, sizes in others.items():
+        said = "inputs in the adapter, here" if name == "narrow" else r"\d layers .* here \d"
+        with pytest.raises(ValueError, match=rf"'{name}': .* adapter of this base.*{said}"):
+            over(vllm, monkeypatch, **sizes)._load_adapter(Request(name, str(tmp_path)))
+    rasa_ext.save_adapter(patched(make_model(), 4, 1, target_modules="model.layers.0.*"), tmp_path)
+    over(vllm, monkeypatch)._load_adapter(Request("first layer", str(tmp_path)))
 
 
 def test_a_rank_that_vllm_has_not(vllm, tmp_path):
