@@ -60,8 +60,14 @@ def linear_shape(module: LinearLayer) -> tuple[int, int]:
 def stored_weight(layer: Any) -> Tensor:
     """Return the tensor that holds a layer's weight, as numbers or packed."""
     names = ("weight_packed", "qweight", "weight")
-    weight: Tensor = next(w for name in names if (w := getattr(layer, name, None)) is not None)
-    return weight
+    for name in names:
+        weight: Tensor | None = getattr(layer, name, None)
+        if weight is not None:
+            return weight
+    raise TypeError(
+        f"target_modules: expected layers with a tensor called {' or '.join(names)}, got a "
+        f"{type(layer).__name__} without one."
+    )
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -117,12 +123,13 @@ def as_plain_gemm(
 def computes_linear(module: LinearLayer) -> bool:
     """Return whether a linear layer, also of a subclass of nn.Linear, computes x W^T + bias.
 
-    If a subclass overrides ``forward``, one row of input is tried. Rounding W to 8 bits is allowed.
+    If a subclass overrides ``forward``, one row of input is tried. Rounding W to 4 bits, which is
+    off by 0.07 to 0.12, is allowed.
     """
     kind: Any = type(module)
     if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
         return True
-    return _product_error(module, functools.partial(kind.forward, module)) < 0.05
+    return _product_error(module, functools.partial(kind.forward, module)) < 0.3
 
 
 def _product_error(module: nn.Linear, forward: Callable[[Tensor], Tensor]) -> float:

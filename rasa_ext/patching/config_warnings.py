@@ -11,7 +11,7 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.grouping import Group, every_index, groups_of
-from rasa_ext.patching.targets import EXCLUDED, Plan, matches
+from rasa_ext.patching.targets import EXCLUDED, NOT_LINEAR, Plan, matches
 
 _MUCH = 0.1
 """Smallest part of a model's parameters, left untouched, that is worth a warning."""
@@ -20,6 +20,7 @@ _MUCH = 0.1
 def plan_warnings(model: nn.Module, plan: Plan) -> Iterator[str]:
     """Yield one sentence per doubtful setting of a patched model: the problem, and what to do."""
     yield from _unused_exclusions(plan)
+    yield from not_linear([n for n, why in plan.skipped.items() if why.endswith(NOT_LINEAR)])
     yield from _untouched(model, plan)
     yield from config_warnings(plan.config, plan.groups)
 
@@ -83,6 +84,16 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str
             f"{width}){f', and of {count - 1} more' if count > 1 else ''}; a change of this "
             f"weight has rank {min(out, width)} at most. Use a smaller rank, leave such layers out "
             "with exclude_modules, or train them in full with modules_to_save."
+        )
+
+
+def not_linear(names: Sequence[str]) -> Iterator[str]:
+    """Yield a warning if target_modules also names modules that are no linear layers."""
+    if names:
+        more = f", as are {len(names) - 1} more" if len(names) > 1 else ""
+        yield (
+            f"target_modules: {names[0]!r} is not a linear layer, and is left as it is{more}; name "
+            "it in exclude_modules if this is intended."
         )
 
 

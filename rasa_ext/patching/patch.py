@@ -185,7 +185,7 @@ def begin_with_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> No
     """Call ``config.begin`` for a layer, if the method has it.
 
     Raises:
-        ValueError: the base's weight cannot be read.
+        ValueError: the base's weight cannot be read, or a tensor is not finite afterwards.
     """
     own, spec = adapter.own, adapter.spec
     if type(config).begin is AdapterConfig.begin or any(tensor.is_meta for tensor in own.values()):
@@ -200,7 +200,12 @@ def begin_with_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> No
             "of packed experts; make and save the adapter over a whole model, then load it."
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
-    config.begin(own, adapter.pool, spec, weight.to(wide))
+    config.begin(own, adapter.pool, spec, weight.to(wide, copy=True))
+    for name, tensor in (*own.items(), *adapter.pool.items()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"config: {config.method!r} begins with NaN or infinity in {name} of {spec.name!r}."
+            )
 
 
 def _restore(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

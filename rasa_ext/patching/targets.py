@@ -15,6 +15,7 @@ from rasa_ext.patching.grouping import Group, ends_in, group_layers, resolve_gro
 from rasa_ext.patching.tokens import TokenRows, check_not_adapted, find_rows
 
 EXCLUDED = "named by exclude_modules"
+NOT_LINEAR = "named by target_modules, but not a linear layer"
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
 
 
@@ -167,6 +168,10 @@ def _choose(
     for name in names:
         if name not in taken:
             skipped.setdefault(name, "not named by target_modules")
+    for name, module in survey.modules.items() if explicit else ():
+        if name and name not in names and matches(name, config.target_modules):
+            excluded = matches(name, config.exclude_modules)
+            skipped[name] = EXCLUDED if excluded else f"a {type(module).__name__}, {NOT_LINEAR}"
     for name in survey.pointwise_convolutions:
         if not any(name == s or name.startswith(f"{s}.") for s in saved):
             skipped[name] = "a 1x1 convolution, not a linear layer"

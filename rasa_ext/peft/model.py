@@ -30,7 +30,7 @@ from rasa_ext.methods.base import ALL_LINEAR, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.nn.adapter import LayerSpec
 from rasa_ext.nn.packs import Decoding
-from rasa_ext.patching.config_warnings import config_warnings
+from rasa_ext.patching.config_warnings import config_warnings, not_linear
 from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, as_saved, group_layers, resolve_groups
 from rasa_ext.patching.merge import check_own_weights
@@ -38,6 +38,7 @@ from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.patch import begin_with_weight
 from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.swap import (
+    Absent,
     link_layers,
     prepare_model,
     remove_children,
@@ -71,6 +72,10 @@ from rasa_ext.peft.tokens import (
 
 REFERENCE, POLICY = "ref", "default"
 """TRL's adapter names. Its trainers add the reference as a copy of the policy."""
+
+
+SAVES_LORAS = "save_lora_adapter"
+"""A method of diffusers' models."""
 
 
 class RasaModel(BaseTuner):
@@ -130,6 +135,7 @@ class RasaModel(BaseTuner):
         except BaseException:
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
+            self._forget(adapter_name)
             raise
         finally:
             unwrap_experts(model)
@@ -145,6 +151,15 @@ class RasaModel(BaseTuner):
         self._cast_adapter_dtype(adapter_name, kwargs.get("autocast_adapter_dtype", True))
         if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):
             self._copy_policy()
+
+    def _forget(self, adapter_name: str) -> None:
+        """Delete what there is of an adapter that could not be added."""
+        for owner in self.owners():
+            if adapter_name in owner.configs:
+                owner.delete_adapter(adapter_name)
+        if not any(owner.configs for owner in self.owners()):
+            self._restore_base()
+            self._attributes_before, self._watching = (), []
 
     def _copy_policy(self) -> None:
         """Copy the policy's parameters to the reference.
@@ -260,15 +275,19 @@ class RasaModel(BaseTuner):
         reasons, self._dense_head = layers.refused, layers.dense_head
         inside: tuple[str, ...] = ()
         bases: dict[str, Base] = {}
+        others: list[str] = []
         for name, module in self.model.named_modules():
             if not name or name.startswith(inside) or not self._is_target(peft_config, name):
                 continue
             if isinstance(module, NamedAdapters):
                 inside += (f"{name}.",)
             stacked = isinstance(module, RasaPeftExpertWeight)
-            if name in reasons or not (stacked or name in linears):
-                why = reasons.get(name, f"it is a {type(module).__name__}, not a linear layer")
+            if name in reasons:
+                why = reasons[name]
                 raise ValueError(f"target_modules: cannot adapt {name!r}: {why}; {INSTEAD}.")
+            if not (stacked or name in linears):
+                others.append(name)
+                continue
             if stacked:
                 if name in stacks:
                     bases[name] = stacks[name]
@@ -276,6 +295,10 @@ class RasaModel(BaseTuner):
             if not isinstance(module, RasaPeftLinear):
                 check_base(name, linears[name])
             bases[name] = linears[name]
+        if others and not bases:
+            raise ValueError(
+                f"target_modules: expected linear layers, but {others[0]!r} is none; {INSTEAD}."
+            )
         rule = as_saved(config) if peft_config.is_from_file else config
         groups = group_layers(rule, bases, "rasa_groups")
         found: dict[str, tuple[Group, list[LayerSpec], Base]] = {}
@@ -286,10 +309,13 @@ class RasaModel(BaseTuner):
         chosen = {base.module for base in bases.values() if isinstance(base, LinearBase)}
         changed = prepare_model(self.model, chosen, hide_quantizer=False)
         self._attributes_before += tuple(changed)
+        if hasattr(self.model, SAVES_LORAS) and SAVES_LORAS not in vars(self.model):
+            self._attributes_before += ((self.model, SAVES_LORAS, Absent),)
+            setattr(self.model, SAVES_LORAS, _refuse_to_save)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
         peft_config.rasa_groups = groups_to_json(resolve_groups(config, groups).layer_groups)
         if not peft_config.inference_mode:
-            for message in config_warnings(config, groups, "r", "rasa_"):
+            for message in (*not_linear(others), *config_warnings(config, groups, "r", "rasa_")):
                 warnings.warn(message, stacklevel=users_level())
         return found
 
@@ -364,6 +390,11 @@ class RasaModel(BaseTuner):
             super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
+        self._restore_base()
+        return forget_quantizer(self.model)
+
+    def _restore_base(self) -> None:
+        """Put the base's modules back in place, and undo other changes."""
         kinds = RasaPeftLinear | RasaPeftExperts
         left = [module for module in self.model.modules() if isinstance(module, kinds)]
         replace_modules(self.model, {each: each.base_layer for each in left})  # aliases too
@@ -371,7 +402,6 @@ class RasaModel(BaseTuner):
         undo(self._attributes_before)
         for hook in self._watching:
             hook.remove()
-        return forget_quantizer(self.model)
 
     @contextlib.contextmanager
     def _merging(self, stacklevel: int, keep: bool = True) -> Iterator[None]:
@@ -446,6 +476,13 @@ class RasaModel(BaseTuner):
         }
         state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "save_lora_adapter: expected a LoRA, which is all that diffusers reads from such a file; "
+        "adapt the model by peft.get_peft_model, and save it by save_pretrained."
+    )
 
 
 def _refuse_older(model: RasaModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

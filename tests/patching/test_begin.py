@@ -17,6 +17,7 @@ from rasa_ext.methods import Factors
 from tests.helpers import quantized
 from tests.helpers.adapters import adapted_layers, same_adapters, same_bits
 from tests.helpers.peft import TOKENS, logits
+from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
 
 TARGETS = ["q_proj", "down_proj"]
@@ -186,5 +187,32 @@ def test_a_model_on_meta_is_planned():
 def test_a_merged_layer_is_refused(config):
     model = under_peft(config, make_model())
     model.merge_adapter()
-    with pytest.raises(ValueError, match="config"):
-        model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    second = copy.deepcopy(model.peft_config["default"])
+    refused(lambda: model.add_adapter("second", second), model, "config")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoughConfig(methods.LoraConfig):
+    """A method that changes the weight that it is given, and may begin with NaN."""
+
+    method: ClassVar[str] = "rough"
+    bad: bool = False
+
+    def begin(self, own, pool, spec, weight) -> None:
+        weight.zero_()
+        if self.bad and "down_proj" in spec.name:
+            own["A"][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("front", ["ours", "peft"])
+def test_the_base_is_not_in_a_method_s_hands_and_its_numbers_are_checked(front):
+    def adapt(base, bad):
+        config = RoughConfig(rank=2, target_modules=TARGETS, bad=bad)
+        if front == "ours":
+            return rasa_ext.patch_model(base, config=config)
+        given = {"r": 2, "rasa_method": "rough", "rasa_options": {"bad": bad}}
+        return peft.get_peft_model(base, rasa_ext.peft.RasaConfig(**given, target_modules=TARGETS))
+
+    base = make_model()
+    refused(lambda: adapt(base, True), base, "config: 'rough' begins with NaN .*down_proj")
+    assert torch.equal(logits(adapt(copy.deepcopy(base), False)), logits(base))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.nn import RasaLinear
+from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts, oracle
 from tests.helpers.expert_files import adapted, logits
@@ -91,6 +93,36 @@ def test_a_forward_of_its_own_that_computes_the_same_is_adapted(device):
 def test_a_forward_of_its_own_that_computes_another_function_is_not():
     model = rasa_ext.patch_model(nn.Sequential(Scaled(6, 4), nn.Linear(4, 4)), 2, 0)
     assert rasa_ext.summary(model).skipped == {"0": "a Scaled, which does not compute x W^T + bias"}
+
+
+class Patches(nn.Module):
+    """A model as timm's, in which a convolution has the name of a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.ModuleDict({"proj": nn.Conv2d(3, 8, 4)})
+        self.blocks = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(8, 8)}) for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed["proj"](x).mean((2, 3))
+        for block in self.blocks:
+            x = x + block["proj"](x)
+        return x
+
+
+def by_peft(model, **options):
+    return get_peft_model(model, RasaConfig(r=2, rasa_k=1, **options)).base_model
+
+
+@pytest.mark.parametrize("adapt", [functools.partial(rasa_ext.patch_model, rank=2, k=1), by_peft])
+def test_a_name_that_a_convolution_has_too(adapt):
+    """Its linear layers are adapted, and a warning says so once, unless it is excluded."""
+    with pytest.warns(UserWarning, match=r"^target_modules: 'embed.proj' is not a linear layer"):
+        model = adapt(Patches(), target_modules=["proj"])
+    assert sum(isinstance(module, AdaptedLinear) for module in model.modules()) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(Patches(), target_modules=["proj"], exclude_modules=["embed.proj"])
 
 
 class Reads(nn.Module):

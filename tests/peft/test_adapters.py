@@ -71,9 +71,11 @@ def test_a_failed_addition_leaves_the_model(side):
     model = side.one(rasa_experts=None, target_modules=["q_proj"])
     experts = "rasa_experts" in side.options
     config = RasaConfig(
-        rasa_experts="slot" if experts else None, target_modules=[side.up, "embed_tokens"]
+        rasa_experts="slot" if experts else None,
+        target_modules=[side.up],
+        rank_pattern={"w_q": 2},
     )
-    refused(lambda: model.add_adapter("second", config), model, "embed_tokens")
+    refused(lambda: model.add_adapter("second", config), model, "w_q")
     assert list(model.peft_config) == ["default"]
 
 

@@ -173,7 +173,7 @@ UNFIT = [
     ({"target_modules": ["q_proj", "experts"]}, r"^rasa_experts: .*names none; add them"),
     ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*only"),
     ({"rasa_groups": ["gate_down_proj"]}, "^rasa_groups: .*none ends in 'gate_down_proj'"),
-    ({"target_modules": ["gate_up_proj", "embed_tokens"]}, "embed_tokens.* is a Embedding"),
+    ({"rasa_experts": None, "target_modules": ["embed_tokens"]}, "embed_tokens.* is none"),
     (PARALLEL, r"^experts: 'model\.layers\.1.*expert parallelism"),
     ({**PARALLEL, "target_modules": ["gate_up_proj"]}, "^experts: .*expert parallelism"),
 ]

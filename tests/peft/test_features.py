@@ -4,10 +4,18 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
+from trl.experimental.sdpo.teacher_sync import is_pure_lora_training
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
@@ -18,6 +26,7 @@ from tests.helpers.peft import TOKENS, WEIGHTS, close, dense, layers, logits, ti
 from tests.helpers.peft_sides import FAMILIES, sides
 from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
+from tests.helpers.unet import Unet
 
 
 def test_saving_some_of_the_adapters(tmp_path):
@@ -159,6 +168,28 @@ def test_adapters_are_not_swapped_in_place(tmp_path):
     model = tiny()
     swap = partial(hotswap_adapter, model, tmp_path, "default", torch_device="cpu")
     refused(swap, model, "only supports .*LORA.* but RASA")
+
+
+def test_what_asks_for_lora_by_name():
+    model = tiny()
+    with (
+        pytest.raises(ValueError, match="LoraLayer"),
+        rescale_adapter_scale(model, 0.5),
+    ):
+        pass
+    # TRL's SDPO and SDFT then refuse an averaged teacher.
+    assert not is_pure_lora_training(model)
+
+
+def test_diffusers_files_of_loras_are_not_written():
+    class Model(Unet):
+        def save_lora_adapter(self, directory):
+            raise AssertionError("it wrote RaSA's tensors as a LoRA's")
+
+    model = Model()
+    inject_adapter_in_model(RasaConfig(r=2), model)
+    with pytest.raises(ValueError, match=r"^save_lora_adapter: .*save_pretrained"):
+        model.save_lora_adapter("folder")
 
 
 def test_adapters_of_several_methods_are_not_mixed():

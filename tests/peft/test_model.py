@@ -110,7 +110,7 @@ ROWS = "trainable_token_indices"
 
 
 UNFIT = [
-    (LLAMA, {"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.* is a Embedding"),
+    (LLAMA, {"target_modules": ["embed_tokens", "norm"]}, "embed_tokens.* is none; leave it out"),
     (LLAMA, {"target_modules": ["nothing"]}, "nothing"),
     (ATTENTION, {"target_modules": ["out_proj", "project"]}, "out_proj.*without calling"),
     (LLAMA, {"exclude_modules": r".*_proj"}, "leaves none"),

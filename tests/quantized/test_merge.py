@@ -199,6 +199,13 @@ def trained_aware(model: nn.Module) -> nn.Module:
     return model
 
 
+def trained_aware_in_4_bits(model: nn.Module) -> nn.Module:
+    """Round weights to 4 bits in each forward, as recipes of torchtune do."""
+    config = IntxFakeQuantizeConfig(torch.int4, group_size=16)
+    quantize_(model, QATConfig(weight_config=config, step="prepare"))
+    return model
+
+
 def before_compression(model: nn.Module) -> nn.Module:
     """Round weights to 8 bits in each forward, as llmcompressor's models do before saving."""
     scheme = preset_name_to_scheme("W8A16", ["Linear"])
@@ -225,7 +232,9 @@ def exact(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("entrance", ["core", "peft"])
-@pytest.mark.parametrize("rounding", [trained_aware, before_compression, exact])
+@pytest.mark.parametrize(
+    "rounding", [trained_aware, trained_aware_in_4_bits, before_compression, exact]
+)
 def test_layers_that_round_a_weight_in_each_forward(rounding, entrance, dtype):
     """They can be trained over; a merge, which would be rounded, is refused. Others are merged."""
     model = rounding(linears()).to(dtype).requires_grad_(False)
