@@ -116,6 +116,13 @@ def file_in(directory: str | os.PathLike[str], name: str) -> Path:
     return directory / name
 
 
+def check_files(directory: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a file of an adapter is a pipe, for which a reader would wait."""
+    for path in (Path(directory, name) for name in (CONFIG, WEIGHTS, PICKLE)):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: expected a file, got a folder, a pipe or a device.")
+
+
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config and tensors of one version, even if a save runs meanwhile.
 

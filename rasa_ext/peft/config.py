@@ -18,6 +18,7 @@ from peft import PeftConfig
 from rasa_ext import methods
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.card import CARD_LINE
+from rasa_ext.checkpoint.files import check_files
 from rasa_ext.methods.base import ALL_LINEAR, BIASES, AdapterConfig, groups_to_json, key_of
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import tokens_to_json
@@ -179,6 +180,12 @@ class RasaConfig(PeftConfig):
         if CARD_LINE not in text:
             head, title, rest = text.partition("\n# ")
             path.write_text(f"{head}\n{CARD_LINE}\n{title}{rest}", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Read a config as PEFT does, which would wait for a pipe in the place of the weights."""
+        check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def why_not_trained(self) -> str:
         """Return why PEFT cannot train the method, or "" if it can. It can read every method."""

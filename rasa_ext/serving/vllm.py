@@ -63,11 +63,12 @@ def _reading(load: Any) -> Any:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         from vllm.lora.utils import get_adapter_absolute_path
 
-        from rasa_ext.checkpoint.files import read_config, write_files
+        from rasa_ext.checkpoint.files import check_files, read_config, write_files
         from rasa_ext.methods import AdapterConfig
         from rasa_ext.serving.expansion import expand
 
         folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+        check_files(folder)
         try:
             ours = read_config(folder).get("peft_type") == AdapterConfig.peft_type
         except FileNotFoundError:

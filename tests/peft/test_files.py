@@ -1,6 +1,7 @@
 """Adapter folders of PEFT, rasa_ext and the official code: reading and writing."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -213,3 +214,12 @@ def test_generate():
     merged = model.merge_and_unload()
     assert torch.equal(merged.generate(input_ids=prompt, **options), tokens)
     assert not torch.equal(base, tokens)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_pipe_is_refused_not_waited_for(name, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: expected a file"):
+        PeftModel.from_pretrained(make_model(), tmp_path)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import os
 import subprocess
 import sys
 import tomllib
@@ -137,6 +138,15 @@ def test_an_adapter_of_another_base_is_refused_by_the_first_difference(vllm, tmp
             over(vllm, monkeypatch, **sizes)._load_adapter(Request(name, str(tmp_path)))
     rasa_ext.save_adapter(patched(make_model(), 4, 1, target_modules="model.layers.0.*"), tmp_path)
     over(vllm, monkeypatch)._load_adapter(Request("first layer", str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_is_refused_not_waited_for(name, vllm, folder):
+    register()
+    Path(folder, name).unlink()
+    os.mkfifo(Path(folder, name))
+    with pytest.raises(ValueError, match=f"{name}: expected a file"):
+        vllm()._load_adapter(Request("mine", folder))
 
 
 def test_a_rank_that_vllm_has_not(vllm, tmp_path):
