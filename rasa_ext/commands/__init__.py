@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import sys
@@ -24,8 +25,10 @@ def main() -> None:
         )
         raise SystemExit(1)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # data may have letters that the console lacks
-            stream.reconfigure(errors="replace")
+        # Data may have letters that the console lacks. A pipe or a file may refuse the change.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="replace")
     from rasa_ext.commands.app import app
     from rasa_ext.commands.output import sentence
 
