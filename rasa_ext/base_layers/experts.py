@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.layouts import MXFP4_EXPERTS, packed_experts
+from rasa_ext.base_layers.layouts import MXFP4_EXPERTS, quantized_stack
 from rasa_ext.base_layers.linear import is_linear
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
@@ -32,14 +32,14 @@ def is_experts(module: nn.Module) -> bool:
     """Return whether a module holds stacked experts of a known layout."""
     known = type(module).__name__ in _UNMARKED or all(hasattr(module, name) for name in _MARKS)
     return known and all(
-        isinstance(getattr(module, name, None), Tensor) or packed_experts(module, name) is not None
+        isinstance(getattr(module, name, None), Tensor) or quantized_stack(module, name) is not None
         for name in expert_weight_names(module)
     )
 
 
-def has_packed_experts(module: nn.Module) -> bool:
+def has_quantized_experts(module: nn.Module) -> bool:
     """Return whether a module holds stacked experts of a packed layout."""
-    return is_experts(module) and packed_experts(module, "down_proj") is not None
+    return is_experts(module) and quantized_stack(module, "down_proj") is not None
 
 
 def expert_weight_names(module: Any) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def has_post_expert_norm(module: Any) -> bool:
 
 def expert_shape(module: Any, name: str) -> tuple[int, int, int]:
     """Return (experts, out, in) of a stacked weight of any layout."""
-    if (packed := packed_experts(module, name)) is not None:
+    if (packed := quantized_stack(module, name)) is not None:
         return packed.shape
     experts, rows, columns = getattr(module, name).shape
     return (experts, columns, rows) if is_transposed(module) else (experts, rows, columns)

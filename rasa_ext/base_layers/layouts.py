@@ -217,7 +217,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     return None
 
 
-class PackedStack(NamedTuple):
+class QuantizedStack(NamedTuple):
     """A packed stacked weight, which is read as its parts are asked for."""
 
     layout: Layout
@@ -245,7 +245,7 @@ class PackedStack(NamedTuple):
         ]
 
 
-def packed_experts(module: nn.Module, name: str) -> PackedStack | None:
+def quantized_stack(module: nn.Module, name: str) -> QuantizedStack | None:
     """Return a stacked weight of a known layout, or None.
 
     Known layouts are transformers' FP8Experts, with scales of the tensor, of halves, or of blocks,
@@ -260,13 +260,13 @@ def packed_experts(module: nn.Module, name: str) -> PackedStack | None:
             return None
         experts, width, out = weight.shape
         layout: Layout = PackedFloats(f"{kind}, mxfp4, 4 bits")
-        return PackedStack(layout, (experts, out, width), (1, 32), weight, config.weight_scale)
+        return QuantizedStack(layout, (experts, out, width), (1, 32), weight, config.weight_scale)
     scales = module._parameters.get(f"{name}_scale_inv")
     if weight is None or scales is None or weight.dtype != torch.float8_e4m3fn:
         return None
     _, out, width = weight.shape
     block = getattr(module, "block_size", None) or (out // scales.shape[1], width)
-    return PackedStack(OneByte(f"{kind}, fp8 e4m3"), tuple(weight.shape), block, weight, scales)
+    return QuantizedStack(OneByte(f"{kind}, fp8 e4m3"), tuple(weight.shape), block, weight, scales)
 
 
 def _plain(stored: Any) -> Tensor:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rasa_ext.base_layers.experts import has_packed_experts, is_experts
+from rasa_ext.base_layers.experts import has_quantized_experts, is_experts
 from rasa_ext.base_layers.layouts import (
     CHANGED,
     MXFP4_EXPERTS,
     Format,
     Layout,
     layout_of,
-    packed_experts,
+    quantized_stack,
     tiled_linear,
 )
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape, stored_weight
@@ -320,7 +320,7 @@ def _blocks_experts(module: nn.Module) -> bool:
         for name, tensor in module.named_parameters(recurse=False)
         if _is_packed(tensor) and tensor.dim() == 3 and not name.endswith("_scale_inv")
     ]
-    known = is_experts(module) and all(packed_experts(module, name) for name in stacks)
+    known = is_experts(module) and all(quantized_stack(module, name) for name in stacks)
     return (type(module).__name__ == MXFP4_EXPERTS or bool(stacks)) and not known
 
 
@@ -369,7 +369,7 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
             changes.append((base, inner, functools.partial(tiled_linear, fmt, base)))
         elif getattr(base, _BNB_REPACK_FLAG, False):
             changes.append((base, _BNB_REPACK_FLAG, False))
-    experts = [module for module in model.modules() if has_packed_experts(module)]
+    experts = [module for module in model.modules() if has_quantized_experts(module)]
     triton = [module for module in experts if type(module).__name__ == MXFP4_EXPERTS]
     # Their parent then calls the router and ``forward``, not only Triton's kernels.
     changes += [(module, "_is_hooked", True) for module in triton]

@@ -19,7 +19,7 @@ from rasa_ext.base_layers.experts import (
     is_experts,
     routers_of,
 )
-from rasa_ext.base_layers.layouts import packed_experts
+from rasa_ext.base_layers.layouts import quantized_stack
 from rasa_ext.base_layers.linear import (
     LinearLayer,
     computes_linear,
@@ -123,7 +123,7 @@ class StackedBase:
             raise ValueError(
                 f"{name!r} is sharded over processes, expected a whole weight; patch, then shard it"
             )
-        if not is_plain(weight) and packed_experts(self.module, self.key) is None:
+        if not is_plain(weight) and quantized_stack(self.module, self.key) is None:
             raise TypeError(
                 f"{name!r} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
                 "weights; load the model dequantized"

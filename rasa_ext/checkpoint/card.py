@@ -104,7 +104,7 @@ PLAIN = Card()
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class BaseName:
     """A base model as a card may name it: without paths of this machine."""
 
     id: str | None
@@ -113,7 +113,7 @@ class Base:
     """The id, or the last part of a path."""
 
     @classmethod
-    def of(cls, name_or_path: str | None) -> Base:
+    def of(cls, name_or_path: str | None) -> BaseName:
         """Return the base for the name or path that a model states."""
         if not name_or_path:
             return cls(None, None)
@@ -161,7 +161,7 @@ def adapter_card(
     card: Card,
 ) -> str:
     """Return the card of an adapter in the package's format; ``settings`` are its config."""
-    base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
+    base, task = BaseName.of(settings["base_model_name_or_path"]), settings["task_type"]
     serve = ""
     if base.name and task == "CAUSAL_LM":
         named = "" if base.id else f" --model {BASE_FOLDER}{base.gguf and f'/{base.gguf}'}"
@@ -203,7 +203,7 @@ def lora_card(
     ``exact`` states that no rank was left out.
     """
     model, config, task = export.root, export.config, export.task_type
-    base = Base.of(settings["base_model_name_or_path"])
+    base = BaseName.of(settings["base_model_name_or_path"])
     tags = [config.method, "lora", *([] if format == "peft" else [format])]
     how = (
         "computes the same function"
@@ -246,12 +246,12 @@ def _trained(adapted: Plan | Export) -> dict[str, str]:
     }
 
 
-def title(what: str, base: Base) -> str:
+def title(what: str, base: BaseName) -> str:
     """Return the heading of a card."""
     return f"{what} for {base.name.rpartition('/')[2]}" if base.name else what
 
 
-def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
+def about(base: BaseName, config: AdapterConfig) -> dict[str, Any]:
     """Return the rows on the base, the method and the options that differ from the defaults."""
     link = f" ([arXiv {config.paper}](https://arxiv.org/abs/{config.paper}))"
     common = {field.name for field in dataclasses.fields(AdapterConfig)} - {"dropout"}
@@ -268,7 +268,7 @@ def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
 
 
 def head_fields(
-    base: Base, task: str | None, card: Card, library: str | None, tags: list[str]
+    base: BaseName, task: str | None, card: Card, library: str | None, tags: list[str]
 ) -> dict[str, Any]:
     """Return the head of an adapter's card; raise TypeError if ``card`` is not a Card."""
     if not isinstance(card, Card):
@@ -284,7 +284,7 @@ def head_fields(
 
 
 def _load(
-    model: nn.Module, base: Base, task: str | None, imports: str, call: str, result: str = ""
+    model: nn.Module, base: BaseName, task: str | None, imports: str, call: str, result: str = ""
 ) -> str:
     """Return code that loads a directory's adapter, to be run in that directory."""
     kind = "AutoModelForCausalLM" if task == "CAUSAL_LM" else type(model).__name__
@@ -340,7 +340,7 @@ def card_for_hub(text: str, repo_id: str, base_model: str | None, local: str | N
     if base_model is not None:
         body = re.sub(rf"`{BASE_FOLDER}` .*\n", "", body)
         body = re.sub(rf" --model {BASE_FOLDER}\S*", "", body).replace(BASE_FOLDER, base_model)
-        row = rf"\g<1>{Base(base_model, base_model).link()}\g<2>"
+        row = rf"\g<1>{BaseName(base_model, base_model).link()}\g<2>"
         body = re.sub(r"(?m)^(\| base model \| )`.*`( \|)$", row, body)
         if local is not None and re.search(r"[/\\]", local):  # as PEFT's cards have it
             body = body.replace(local, base_model)

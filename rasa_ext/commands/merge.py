@@ -65,10 +65,10 @@ def _card(model: Any, adapter: Path) -> str:
 
     from rasa_ext import Card, __version__
     from rasa_ext.checkpoint.adapter import base_name
-    from rasa_ext.checkpoint.card import Base, about, compose, head_fields, title
+    from rasa_ext.checkpoint.card import BaseName, about, compose, head_fields, title
     from rasa_ext.patching.state import patch_state
 
-    base, config = Base.of(base_name(model)), patch_state(model).config
+    base, config = BaseName.of(base_name(model)), patch_state(model).config
     card = Card.read(adapter)
     fields = head_fields(base, "CAUSAL_LM", card, "transformers", [config.method, "lora"])
     if base.id:

@@ -14,9 +14,9 @@ from rasa_ext.base_layers.experts import (
     has_bias,
     has_post_expert_norm,
 )
-from rasa_ext.base_layers.layouts import packed_experts
+from rasa_ext.base_layers.layouts import quantized_stack
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
-from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank, packed_experts_linear
+from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank, quantized_experts_linear
 from rasa_ext.ops import Factors
 
 
@@ -47,7 +47,7 @@ class AdaptedExperts(AdaptedModule):
         # While merged: what restores each matrix, by the weight's name and the expert.
         self.merged_base: dict[tuple[str, int], Any] | None = None
 
-    def live(self, name: str) -> list[Adapter]:
+    def live_adapters(self, name: str) -> list[Adapter]:
         """Return the adapters that a forward adds to a stacked weight."""
         raise NotImplementedError
 
@@ -90,8 +90,8 @@ class AdaptedExperts(AdaptedModule):
             every = torch.arange(getattr(base, up).shape[0], device=hidden_states.device)
             top_k_index = every.repeat_interleave(len(hidden_states) // len(every))[:, None]
             top_k_weights = hidden_states.new_ones(()).expand(len(hidden_states), 1)
-        packed = packed_experts(base, up) is not None
-        dtype = hidden_states.dtype if packed else getattr(base, up).dtype
+        quantized = quantized_stack(base, up) is not None
+        dtype = hidden_states.dtype if quantized else getattr(base, up).dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             routing = Routing.of(top_k_index, getattr(base, up).shape[0])
             shares = top_k_weights.reshape(-1, 1).index_select(0, routing.order)
@@ -119,14 +119,14 @@ class AdaptedExperts(AdaptedModule):
         The second result has the adapters' dense parts.
         """
         rows = routing.to_pairs(x) if by_token else x
-        if (stack := packed_experts(self.base_layer, name)) is not None:
-            y = packed_experts_linear(rows, stack, routing)
+        if (stack := quantized_stack(self.base_layer, name)) is not None:
+            y = quantized_experts_linear(rows, stack, routing)
         else:
             y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
         if has_bias(self.base_layer):
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
         pools = []
-        for adapter in self.live(name):
+        for adapter in self.live_adapters(name):
             p = adapter.config.dropout if self.training else 0.0
             dropped = nn.functional.dropout(x, p) if p else x
             pack = adapter.pack(x.dtype)
@@ -142,7 +142,7 @@ class AdaptedExperts(AdaptedModule):
 class BareExperts(AdaptedExperts):
     """Experts without an adapter, computed as adapted ones are: for packed weights."""
 
-    def live(self, name: str) -> list[Adapter]:
+    def live_adapters(self, name: str) -> list[Adapter]:
         """Return no adapter."""
         return []
 

@@ -136,7 +136,7 @@ class AdapterOwner(TensorOwner):
     d: Tensor
     pool: RasaPool | None
 
-    def begin(self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet) -> None:
+    def own(self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet) -> None:
         """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
         self.config, self.spec, self.packs = config, spec, packs
         packs.join(spec.index, self)
@@ -207,7 +207,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
         packs: PackSet,
     ) -> None:
         super().__init__(base_layer)
-        self.begin(config, spec, pool, packs)
+        self.own(config, spec, pool, packs)
         self.train(base_layer.training)
 
     def adapters(self) -> Iterator[Adapter]:
@@ -237,7 +237,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 class SplitRasaLinear(SplitLinear, RasaLinear):
     """A RasaLinear over a base layer that is split over processes."""
 
-    def begin(self, *args: Any) -> None:
+    def own(self, *args: Any) -> None:
         """Register tensors that every process has."""
-        super().begin(*args)
+        super().own(*args)
         self.share(self.adapter())

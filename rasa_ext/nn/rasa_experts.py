@@ -38,7 +38,7 @@ class RasaExpertWeight(AdapterOwner):
         self, config: Method, spec: LayerSpec, pool: RasaPool | None, packs: PackSet
     ) -> None:
         super().__init__()
-        self.begin(config, spec, pool, packs)
+        self.own(config, spec, pool, packs)
 
     def extra_repr(self) -> str:
         """Return shapes and ranks, for ``repr``."""
@@ -81,7 +81,7 @@ class RasaExperts(AdaptedExperts):
         """Return the adapters by weight name."""
         return {name: self._modules[name] for name in self._stacks}  # type: ignore[misc]  # owners
 
-    def live(self, name: str) -> list[Adapter]:
+    def live_adapters(self, name: str) -> list[Adapter]:
         """Return the adapters that a forward adds to a stacked weight."""
         stack: Any = self._modules.get(name)
         return [] if stack is None else [stack.adapter()]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext import ops
-from rasa_ext.base_layers.layouts import PackedStack, multiply, multiply_back
+from rasa_ext.base_layers.layouts import QuantizedStack, multiply, multiply_back
 from rasa_ext.nn.adapter import Packed
 from rasa_ext.nn.function import Function, first_order
 
@@ -118,7 +118,7 @@ class _PackedLinear(Function):
     """``_Linear`` over a packed stacked weight, which the backward unpacks again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: PackedStack, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stack: QuantizedStack, offsets: Tensor) -> Tensor:
         ctx.stack, ctx.offsets = stack, offsets
         return _by_expert(x, stack, offsets, multiply)
 
@@ -128,7 +128,7 @@ class _PackedLinear(Function):
         return _by_expert(grad, ctx.stack, ctx.offsets, multiply_back), None, None
 
 
-def _by_expert(x: Tensor, stack: PackedStack, offsets: Tensor, product: Any) -> Tensor:
+def _by_expert(x: Tensor, stack: QuantizedStack, offsets: Tensor, product: Any) -> Tensor:
     """Run a product of each expert's rows with the expert's packed weight."""
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     rows = zip(stack.parts(), x.split(sizes), strict=True)
@@ -209,7 +209,7 @@ def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
     return _Linear.apply(x, weight, routing.offsets)
 
 
-def packed_experts_linear(x: Tensor, stack: PackedStack, routing: Routing) -> Tensor:
+def quantized_experts_linear(x: Tensor, stack: QuantizedStack, routing: Routing) -> Tensor:
     """Compute ``experts_linear`` of a packed stacked weight, by tiles of rows."""
     return _PackedLinear.apply(x, stack, routing.offsets)
 

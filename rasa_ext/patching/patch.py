@@ -145,7 +145,7 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
                 owner = wrapped[base.module] = kind(base.module, config, spec, pool, packs)
                 owner.is_dense_head = spec.name == plan.dense_head
             if new:
-                begin_with_weight(config, owner.adapter(), base)
+                start_from_weight(config, owner.adapter(), base)
     experts = {module: RasaExperts(module, stacks) for module, stacks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(
@@ -181,7 +181,7 @@ def apply_plan(model: nn.Module, plan: Plan, new: bool = True) -> PatchState:
 
 
 @torch.no_grad()
-def begin_with_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> None:
+def start_from_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> None:
     """Call ``config.begin`` for a layer, if the method has it.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rasa_ext.base_layers.layouts import Format, packed_experts
+from rasa_ext.base_layers.layouts import Format, quantized_stack
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.patching.grouping import pattern, shape_text
 from rasa_ext.patching.state import adapter_parameters, owners, patch_state, unwrap
@@ -141,7 +141,7 @@ def _format(model: nn.Module, name: str, layer: Any) -> Format | None:
         return format_of(layer.base_layer)
     path, _, key = name.rpartition(".")
     base: Any = model.get_submodule(path)
-    stack = packed_experts(base.base_layer, key)
+    stack = quantized_stack(base.base_layer, key)
     return None if stack is None else stack.layout
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import has_packed_experts
+from rasa_ext.base_layers.experts import has_quantized_experts
 from rasa_ext.base_layers.quantized import quantizer_changes
 from rasa_ext.nn.adapted_experts import BareExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
@@ -83,7 +83,7 @@ def prepare_model(
     changes += [
         (module, "forward", BareExperts(module).adapted_forward)
         for module in list(model.modules())
-        if has_packed_experts(module)
+        if has_quantized_experts(module)
     ]
     for kind, name, value in (
         (nn.TransformerEncoderLayer, FAST_PATH, 0),

@@ -29,7 +29,7 @@ class RasaPeftExpertWeight(NamedAdapters):
         self.name = name
         # While merged: the original weights.
         self.merged_base: dict[tuple[str, int], Tensor] | None = None
-        self._begin()
+        self._reset()
         self.train(experts.training)
 
     def get_base_layer(self) -> nn.Module:
@@ -82,12 +82,12 @@ class RasaPeftExperts(AdaptedExperts):
             # add_module refuses a name that the base resolves.
             self._modules[name] = RasaPeftExpertWeight(self, name)
 
-    def live(self, name: str) -> list[Adapter]:
+    def live_adapters(self, name: str) -> list[Adapter]:
         """Return the adapters that a forward adds to a stacked weight."""
         stack = self._modules.get(name)
         if not isinstance(stack, RasaPeftExpertWeight):
             return []
-        return [stack.named(each) for each in stack.live()]
+        return [stack.named(each) for each in stack.live_names()]
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the experts, active or not."""
@@ -98,7 +98,9 @@ class RasaPeftExperts(AdaptedExperts):
     def merged(self) -> bool:
         """Whether adapters are merged into the weights, so that a forward adds none."""
         stacks = self.stacks().values()
-        return any(stack.merged for stack in stacks) and not any(stack.live() for stack in stacks)
+        return any(stack.merged for stack in stacks) and not any(
+            stack.live_names() for stack in stacks
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute (T, H) from the base and every active adapter."""
@@ -106,7 +108,7 @@ class RasaPeftExperts(AdaptedExperts):
         for stack in stacks:
             if stack.disable_adapters and stack.merged:
                 stack.unmerge()
-        self.disabled = not any(stack.live() for stack in stacks)
+        self.disabled = not any(stack.live_names() for stack in stacks)
         return super().forward(*args, **kwargs)
 
     def unload_and_optionally_merge_module(

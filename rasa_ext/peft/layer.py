@@ -27,7 +27,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         """Wrap ``base_layer``; ``backend`` is PEFT's for a quantized one."""
         super().__init__(base_layer)
         self._backend = backend
-        self._begin()
+        self._reset()
         self.train(base_layer.training)
 
     def forget(self) -> None:
@@ -43,11 +43,11 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
 
     def live_adapters(self) -> list[Adapter]:
         """Return the adapters that a forward adds to all rows."""
-        return [self.named(name) for name in self.live()]
+        return [self.named(name) for name in self.live_names()]
 
     def adapter(self) -> Adapter | None:
         """Return the first adapter that the forward adds to all rows, or None."""
-        names = self.live()
+        names = self.live_names()
         return self.named(names[0]) if names else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,7 +57,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         if self.rows is not None and not self._disable_adapters:
             return self._row_by_row(x, self.rows, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
-        for name in self.live()[1:]:
+        for name in self.live_names()[1:]:
             y = self._added(y, x, self.named(name))
         return y
 

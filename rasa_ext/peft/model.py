@@ -35,7 +35,7 @@ from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, as_saved, group_layers, resolve_groups
 from rasa_ext.patching.merge import check_own_weights
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.patch import begin_with_weight
+from rasa_ext.patching.patch import start_from_weight
 from rasa_ext.patching.resume import refuse_older
 from rasa_ext.patching.swap import (
     Absent,
@@ -237,7 +237,7 @@ class RasaModel(BaseTuner):
             adapter_name, own.core(), specs, index, first, self._decoding, home, own.init_weights
         )
         if not own.inference_mode:
-            begin_with_weight(own.core(), layer.named(adapter_name), base)
+            start_from_weight(own.core(), layer.named(adapter_name), base)
 
     def _home_of_pool(self, names: Sequence[str]) -> tuple[nn.Module, str, str] | None:
         """Return where a pool of these layers belongs; None leaves the pool to the first layer.

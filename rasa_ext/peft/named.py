@@ -58,7 +58,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
 
     other_param_names = ("configs", "specs", "own_names", "pools", "packs")
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         """Start without adapters: the part of ``__init__`` that all subclasses share."""
         self.merging = Merging()
         self.adapter_layer_names = ()  # set by the methods of the adapters
@@ -160,7 +160,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         """Return every adapter of the weight, active or not."""
         return (self.named(name) for name in self.configs)
 
-    def live(self) -> list[str]:
+    def live_names(self) -> list[str]:
         """List the adapters that the forward adds to all rows of the base's output."""
         if self._disable_adapters or self.merged or self.rows is not None:
             return []
