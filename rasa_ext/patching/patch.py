@@ -7,10 +7,10 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import is_linear, linear_shape
 from rasa_ext.base_layers.survey import (
@@ -191,13 +191,12 @@ def start_from_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> No
     if type(config).begin is AdapterConfig.begin or any(tensor.is_meta for tensor in own.values()):
         return
     split = isinstance(base, LinearBase) and base.split is not None
-    merged = getattr(adapter.owner, "merged_base", None) is not None
-    weight = None if split or merged else base.values()
+    weight = None if split else _unmerged(base, getattr(adapter.owner, "merged_base", None))
     if weight is None or weight.is_meta or not weight.is_floating_point():
         raise ValueError(
             f"config: expected a base whose weights can be read, since {config.method!r} begins "
-            f"with them, but {spec.name!r} is split over processes, offloaded, merged, or a stack "
-            "of packed experts; make and save the adapter over a whole model, then load it."
+            f"with them, but {spec.name!r} is split over processes, offloaded, or a stack of "
+            "packed experts; make and save the adapter over a whole model, then load it."
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
     config.begin(own, adapter.pool, spec, weight.to(wide, copy=True))
@@ -206,6 +205,15 @@ def start_from_weight(config: AdapterConfig, adapter: Adapter, base: Base) -> No
             raise ValueError(
                 f"config: {config.method!r} begins with NaN or infinity in {name} of {spec.name!r}."
             )
+
+
+def _unmerged(base: Base, before: Any) -> Tensor:
+    """Return a base's weight without the adapters that are merged, given what unmerging needs."""
+    if isinstance(before, nn.Module):  # the quantized layer
+        return LinearBase(cast(nn.Linear, before)).values()
+    if isinstance(before, dict):
+        return torch.stack([weight for _, weight in sorted(before.items())])
+    return base.values() if before is None else before
 
 
 def _restore(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

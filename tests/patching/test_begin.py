@@ -14,7 +14,7 @@ import rasa_ext
 import rasa_ext.peft
 from rasa_ext import methods
 from rasa_ext.methods import Factors
-from tests.helpers import quantized
+from tests.helpers import experts, quantized
 from tests.helpers.adapters import adapted_layers, same_adapters, same_bits
 from tests.helpers.peft import TOKENS, logits
 from tests.helpers.refusals import refused
@@ -184,11 +184,43 @@ def test_a_model_on_meta_is_planned():
     rasa_ext.patch_model(model, config=CONFIGS["lora"])
 
 
-def test_a_merged_layer_is_refused(config):
-    model = under_peft(config, make_model())
+@dataclasses.dataclass(frozen=True)
+class RowsConfig(methods.LoraConfig):
+    """A LoRA whose A begins as the weight's first rows."""
+
+    method: ClassVar[str] = "rows"
+
+    def begin(self, own, pool, spec, weight) -> None:
+        own["A"].copy_(weight[..., : self.rank, :])
+
+
+@pytest.mark.parametrize("kind", ["dense", "quantized", "experts"])
+def test_a_merged_base_is_read_as_it_was(kind, tmp_path):
+    """A second adapter, and a third loaded for training, begin as they do before a merge."""
+    base = {"dense": make_model, "quantized": quantized.make_model, "experts": experts.model}[
+        kind
+    ]()
+    base = quantized.quantized(base, "nf4") if kind == "quantized" else base
+    given = {"r": 2, "rasa_method": "rows", "target_modules": "all-linear"}
+    given |= {"rasa_experts": "own"} if kind == "experts" else {}
+    model = peft.get_peft_model(base, rasa_ext.peft.RasaConfig(**given))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path)
+    expected = copy.deepcopy(model)
     model.merge_adapter()
-    second = copy.deepcopy(model.peft_config["default"])
-    refused(lambda: model.add_adapter("second", second), model, "config")
+    for each in (expected, model):
+        each.add_adapter("second", copy.deepcopy(each.peft_config["default"]))
+        each.load_adapter(tmp_path, "third", is_trainable=True)
+    theirs = {n: p for n, p in expected.named_parameters() if ".second" in n or ".third" in n}
+    A = [p for n, p in theirs.items() if n.endswith("_A.second")]
+    assert A
+    assert all(len(p) for p in A)
+    same = {n: torch.equal(p, theirs[n]) for n, p in model.named_parameters() if n in theirs}
+    assert len(same) == len(theirs)
+    assert all(same.values()), [name for name, equal in same.items() if not equal]
 
 
 @dataclasses.dataclass(frozen=True)
