@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from rasa_ext.base_layers.linear import stored_weight
 
@@ -57,6 +60,23 @@ def gather(tensors: Iterable[Tensor]) -> None:
             running = parameter_offload.FWD_MODULE_STACK[-1]
             parameter_offload.register_external_parameter(running, parameter)
             parameter.all_gather()
+
+
+def check_not_reentrant(pool: Iterable[Tensor]) -> None:
+    """Raise RuntimeError in a re-entrant checkpoint's backward, if ZeRO-3 shards the pool.
+
+    Every checkpoint is a backward of its own there, and ZeRO-3 takes one gradient of a tensor.
+    """
+    if not any(map(is_of_zero_3, pool)):
+        return
+    frame: FrameType | None = sys._getframe()
+    while (frame := frame and frame.f_back) is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            raise RuntimeError(
+                "expected checkpoints of use_reentrant=False, since ZeRO-3 takes one gradient of a "
+                "pool that layers share. TRL asks for others; after its trainer is made, set "
+                'trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}.'
+            )
 
 
 def is_of_zero_3(parameter: Tensor) -> bool:

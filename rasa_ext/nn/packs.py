@@ -28,7 +28,12 @@ from torch.optim.optimizer import (
 )
 
 from rasa_ext import ops
-from rasa_ext.base_layers.sharded import check_sharded_together, gather, is_sharded
+from rasa_ext.base_layers.sharded import (
+    check_not_reentrant,
+    check_sharded_together,
+    gather,
+    is_sharded,
+)
 from rasa_ext.nn.adapter import OFFLOADED, Adapter, Packed
 from rasa_ext.nn.function import Function, is_transformed
 from rasa_ext.nn.precision import is_sharing, restored
@@ -379,6 +384,8 @@ def _alone(adapter: Adapter, dtype: torch.dtype, by_group: bool = False) -> Pack
     The group's operations are two kernels of 14, but slower for one layer on a CPU.
     """
     gather(adapter.sources())
+    if torch.is_grad_enabled() and adapter.spec.num_layers > 1:
+        check_not_reentrant(adapter.pool.values())
     factors, sources = adapter.factors(), adapter.sources()
     trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
     if trained and not (by_group and _is_direct(sources, factors)):

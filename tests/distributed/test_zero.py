@@ -37,3 +37,8 @@ def test_two_processes_train_as_one(name, trained, tmp_path, figure, record_prop
     rasa_ext.save_adapter(model, tmp_path)
     largest = check_parity(name, steps, training.CLIP, tmp_path, trained / name, figure)
     record_property(f"DeepSpeed, {name} in two processes", largest)
+
+
+def test_reentrant_checkpoints_are_refused_where_a_pool_would_get_two_gradients(trained):
+    said = (trained / "zero3-reentrant.txt").read_text()
+    assert said.startswith("RuntimeError: expected checkpoints of use_reentrant=False")

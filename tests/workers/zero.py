@@ -32,6 +32,8 @@ class Case:
     model: training.Case = LINEARS
     threshold: int = 0
     """For ZeRO-3: tensors with fewer elements stay whole."""
+    reentrant: bool | None = None
+    """How activations are checkpointed, if they are. TRL's trainers ask for re-entrant ones."""
 
 
 CASES = {
@@ -41,8 +43,10 @@ CASES = {
     "zero2-bfloat16": Case(2, BFLOAT16),
     "zero3": Case(3),
     "zero3-threshold": Case(3, threshold=200),
+    "zero3-checkpoints": Case(3, reentrant=False),
     "zero3-experts": Case(3, replace(training.CASES["experts"], micro=2)),
 }
+REFUSED = {"zero3-reentrant": Case(3, reentrant=True)}
 
 
 def alone(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
@@ -53,6 +57,9 @@ def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
     import deepspeed
 
     model, micro = training.build(case.model), case.model.micro
+    if case.reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": case.reentrant})
+        model.enable_input_require_grads()
     zero = {"stage": case.stage, "stage3_param_persistence_threshold": case.threshold}
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -85,7 +92,7 @@ def main(directory: Path) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    for name, case in CASES.items():
+    for name, case in {**CASES, **REFUSED}.items():
         try:
             model, *steps = together(case)
             rasa_ext.save_adapter(model, directory / name)
