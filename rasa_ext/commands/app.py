@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -13,18 +14,18 @@ from rasa_ext.commands.demo import demo
 from rasa_ext.commands.env import env
 from rasa_ext.commands.evaluate import evaluate
 from rasa_ext.commands.export_lora import export_lora
-from rasa_ext.commands.finetune import finetune
 from rasa_ext.commands.generate import generate
 from rasa_ext.commands.import_lora import import_lora
 from rasa_ext.commands.import_official import import_official
 from rasa_ext.commands.inspection import inspect
 from rasa_ext.commands.merge import merge
-from rasa_ext.commands.options import OTHER_NAMES, SAME
+from rasa_ext.commands.options import SHORT, TASKS, make_parser, parse, short_help
+from rasa_ext.commands.output import command, console, working
 from rasa_ext.commands.push import push
-from rasa_ext.commands.trl import app as trl_app
 
 _ELSEWHERE = {
-    "train": "use finetune",
+    "train": "use sft",
+    "trl": "use sft, dpo, kto, reward, grpo or rloo",
     "chat": "use generate",
     "help": "use --help",
     **dict.fromkeys(("ranks", "compress"), "`pip install ./research` adds it"),
@@ -55,21 +56,21 @@ app = typer.Typer(
 )
 
 
+_NAMES = {name: short[0] for field, short in SHORT.items() for name in (field, *short)}
+
+
 class _Command(typer.core.TyperCommand):
-    """A command that takes TRL's name for an option, or suggests ours, and each once."""
+    """A command that also takes the names of TRL and PEFT for its options, and each once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the arguments; raise BadParameter with our name for an option of TRL or PEFT."""
+        """Parse the arguments, with our name in the place of an option of TRL or PEFT."""
         known, words = {parameter.name for parameter in self.params}, []
         for word in args:
             name, equals, value = word.partition("=")
             theirs = name.removeprefix("--").replace("-", "_")
-            ours = OTHER_NAMES.get(theirs, "")
-            if word.startswith("--") and ours in known:
-                option = f"--{ours.replace('_', '-')}"
-                if theirs not in SAME:
-                    raise typer.BadParameter(f"{word}: did you mean {option}?")
-                word = f"{option}{equals}{value}"
+            ours = _NAMES.get(theirs, "")
+            if word.startswith("--") and ours in known and theirs not in known:
+                word = f"--{ours.replace('_', '-')}{equals}{value}"
             words.append(word)
         parsed: Any = self.make_parser(ctx).parse_args(list(words))
         _, rest, order = parsed
@@ -85,9 +86,36 @@ class _Command(typer.core.TyperCommand):
 
 
 _FILES = (merge, export_lora, import_lora, import_official, push, inspect)
-for _command in (finetune, evaluate, generate, *_FILES, env, demo):
+for _command in (evaluate, generate, *_FILES, env, demo):
     app.command(cls=_Command)(_command)
-app.add_typer(trl_app, name="trl")
+
+
+def _add(task: str) -> None:
+    """Add a training task, whose options its own parser reads."""
+    passed = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+    @command
+    def train(context: typer.Context) -> None:
+        words = context.args
+        if {"-h", "--help"} & {*words} or not words:
+            typer.echo(short_help(task))
+        elif "--help-all" in words:
+            typer.echo(make_parser(task).format_help())
+        else:
+            with working("Loading PyTorch, transformers and TRL"):
+                options = parse(task, words)
+                from rasa_ext.commands.training import launch, run
+            if options.launcher and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+                launch(options, words)
+            else:
+                run(options, console)
+
+    for name in (task, "finetune") if task == "sft" else (task,):
+        app.command(name, context_settings=passed, help=TASKS[task].about)(train)
+
+
+for _task in TASKS:
+    _add(_task)
 for _announced in entry_points(group="rasa_ext.commands"):  # of installed packages
     app.command(_announced.name)(_announced.load())
 

@@ -1,15 +1,13 @@
-"""Trainer callbacks: metrics.jsonl and progress lines, and an interrupt that can be resumed."""
+"""Trainer callbacks: lines of progress, and an interrupt that can be resumed."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,84 +22,59 @@ class TrainingDiverged(ValueError):
     """The loss became NaN or infinite."""
 
 
-class MetricsCallback(TrainerCallback):
-    """Append one JSON row per step and per evaluation to metrics.jsonl, and print some of them.
+class Progress(TrainerCallback):
+    """Print evaluations, the first and last step, and a step every few seconds.
 
-    A step has `step`, `epoch`, `loss`, `lr`, `grad_norm`, `tokens` (without padding), `seconds`
-    (without evaluations and saving) and `tokens_per_s`. An evaluation has `step`, `epoch` and
-    `eval_loss`. The rows replace Trainer's own in `state.log_history`. Checkpoints store that
-    history, so a resumed run starts with the rows up to its checkpoint.
+    Args:
+        console: prints the lines.
+        names: other numbers of Trainer's log to print, by name, with what to call them.
     """
 
-    def __init__(self, path: Path, console: Console) -> None:
-        self.path = path
-        self.console = console
-        self._began, self._shown = 0.0, -math.inf
-        self._seen = 0
+    def __init__(self, console: Console, names: Mapping[str, str]) -> None:
+        self.console, self.names = console, names
+        self._shown = -math.inf
+        self.seconds, self.tokens = 0.0, 0
+        """Of this part of the run."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Write the rows of the run's earlier part, if it is resumed."""
-        if state.is_world_process_zero:
-            text = "".join(json.dumps(row) + "\n" for row in state.log_history)
-            self.path.write_text(text, encoding="utf-8")
+        """Start the clock."""
+        self._began, self._first = time.perf_counter(), state.global_step
         self._seen = state.num_input_tokens_seen
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Start the step's clock."""
-        self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop the step's clock."""
-        self._seconds = time.perf_counter() - self._began
-        self._tokens = state.num_input_tokens_seen - self._seen
-        self._seen = state.num_input_tokens_seen
+        """Stop the clock."""
+        self.seconds = time.perf_counter() - self._began
+        self.tokens = state.num_input_tokens_seen - self._seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write Trainer's log as a row with our names."""
-        logs = logs or {}
-        row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
-        if "loss" in logs:
-            row |= {
-                "loss": logs["loss"],
-                "lr": logs.get("learning_rate"),
-                "grad_norm": logs.get("grad_norm"),
-                "tokens": self._tokens,
-                "seconds": self._seconds,
-                "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
-            }
-        elif "eval_loss" in logs:
-            row["eval_loss"] = logs["eval_loss"]
-        else:
-            return
-        if not math.isfinite(row.get("loss", 0.0)):
+        """Print Trainer's log; end a run whose loss is no number."""
+        logs, step, steps = logs or {}, state.global_step, state.max_steps
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
             raise TrainingDiverged(
-                f"lr: the loss became {row['loss']} at step {state.global_step}; lower --lr "
-                f"(now {args.learning_rate:g}) or use --dtype float32."
+                f"lr: the loss became {loss} at step {step}; lower --lr (now "
+                f"{args.learning_rate:g}) or use --dtype float32."
             )
-        state.log_history[-1] = row
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        self._show(row, state)
+        if "eval_loss" in logs:
+            more = self._more(logs, "eval_")
+            self.console.print(f"step {step}: held-out loss {logs['eval_loss']:.4f}{more}")
+        elif "loss" in logs:
+            now = time.perf_counter()
+            if step == steps or now - self._shown >= _SILENCE:
+                self._shown = now
+                passed, done = self.seconds, max(step - self._first, 1)
+                elapsed, left = (
+                    datetime.timedelta(seconds=round(duration))
+                    for duration in (passed, passed / done * (steps - step))
+                )
+                speed = f"{self.tokens / passed:,.0f} tokens/s  " if self.tokens else ""
+                self.console.print(
+                    f"step {step}/{steps}  loss {loss:.4f}{self._more(logs)}  "
+                    f"lr {logs['learning_rate']:.2e}  {speed}{elapsed} elapsed, {left} left"
+                )
 
-    def _show(self, row: dict[str, Any], state: Any) -> None:
-        """Print an evaluation, the first and last step, and a step every few seconds."""
-        step, steps = row["step"], state.max_steps
-        if "eval_loss" in row:
-            self.console.print(f"step {step}: held-out loss {row['eval_loss']:.4f}")
-            return
-        now = time.perf_counter()
-        if step == steps or now - self._shown >= _SILENCE:
-            self._shown = now
-            seconds = sum(values(state.log_history, "seconds"))
-            elapsed, left = (
-                datetime.timedelta(seconds=round(duration))
-                for duration in (seconds, seconds / step * (steps - step))
-            )
-            self.console.print(
-                f"step {step}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"{row['tokens_per_s']:,.0f} tokens/s  {elapsed} elapsed, {left} left"
-            )
+    def _more(self, logs: Mapping[str, float], prefix: str = "") -> str:
+        found = ((text, logs.get(prefix + name)) for name, text in self.names.items())
+        return "".join(f"  {text} {value:.4f}" for text, value in found if value is not None)
 
 
 class InterruptCallback(TrainerCallback):

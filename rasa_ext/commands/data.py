@@ -1,8 +1,9 @@
 """Training data: rows of files or of hub data sets, in the formats that TRL takes.
 
-A row is ``{"prompt": str, "completion": str}``, ``{"messages": [{"role": ..., "content": ...},
-...]}`` or ``{"text": str}``. The data may have other names for prompt and completion, and may have
-conversations in ShareGPT's format. Conversations may call tools, which a row lists as ``tools``.
+A row for sft is ``{"prompt": str, "completion": str}``, ``{"text": str}`` or ``{"messages":
+[{"role": ..., "content": ...}, ...]}``. The data may have other names for prompt and completion,
+and may have conversations in ShareGPT's format. Conversations may call tools, which a row lists as
+``tools``. Rows for other tasks are in ``TASK_KEYS``; their prompts and answers are texts or turns.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import functools
 import glob
 import gzip
 import io
@@ -57,6 +59,14 @@ _OTHERS = {
 """Formats that are not text, by their first bytes."""
 
 
+TASK_KEYS = {
+    **{"dpo": ("chosen", "rejected"), "reward": ("chosen", "rejected")},
+    **{"kto": ("prompt", "completion", "label"), "grpo": ("prompt",), "rloo": ("prompt",)},
+}
+"""What a row must have for another task than sft. Pairs may also have a prompt, and prompts what
+reward functions read."""
+
+
 class DataError(ValueError):
     """Invalid data. The message names the place and the expected form."""
 
@@ -88,6 +98,8 @@ def read_examples(
     prompt_field: str = "prompt",
     completion_field: str = "completion",
     option: str = "data",
+    task: str = "sft",
+    **of_hub: Any,
 ) -> list[Row]:
     """Read the rows of files, or of hub data sets' splits ``train``.
 
@@ -99,9 +111,12 @@ def read_examples(
             fields are joined by an empty line.
         completion_field: name of the completion's field.
         option: the option that set ``source``, for errors.
+        task: what the rows are for: sft, dpo, kto, reward, grpo or rloo.
+        of_hub: arguments of ``datasets.load_dataset`` for hub data sets, such as ``split``.
 
     Returns:
-        One row per example, with the keys ``prompt`` and ``completion``, ``messages`` or ``text``.
+        One row per example, with the keys ``prompt`` and ``completion``, ``messages`` or ``text``;
+        for another task, those of ``TASK_KEYS``.
 
     Raises:
         ValueError: a row is invalid; the message names the line, the key and what was expected. Or
@@ -116,10 +131,14 @@ def read_examples(
     """
     names = [name.strip() for name in prompt_field.split(",")]
     rows: list[Row] = []
-    for name in files_of(source, option):
+    mixture = isinstance(source, list) and source and isinstance(source[0], dict)
+    for name in source if mixture else files_of(source, option):
         before = len(rows)
+        if mixture:
+            name, of_hub = name["path"], name
         try:
-            rows += (_row(*pair, names, completion_field) for pair in _values(name, option))
+            for where, value in _values(name, option, of_hub):
+                rows.append(_row_of(task)(where, value, names, completion_field))
         except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{name}: no {Path(name).suffix} that parses: {error}.") from None
         if len(rows) == before:
@@ -127,12 +146,14 @@ def read_examples(
     return rows
 
 
-def _values(source: str, option: str) -> Iterable[tuple[str, Any]]:
+def _values(source: str, option: str, of_hub: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     """Return every value with its place."""
     path = Path(source)
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file() or kind == ".parquet":
-        return ((f"{source}, row {i}", row) for i, row in enumerate(_loaded(source, option)))
+        return (
+            (f"{source}, row {i}", row) for i, row in enumerate(_loaded(source, option, of_hub))
+        )
     text = _text(path)
     if kind in (".csv", ".tsv"):
         return _table(source, text, "\t" if kind == ".tsv" else ",")
@@ -203,7 +224,7 @@ def _table(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
         yield where, row
 
 
-def _loaded(source: str, option: str) -> Iterable[Any]:
+def _loaded(source: str, option: str, of_hub: dict[str, Any]) -> Iterable[Any]:
     from rasa_ext.commands.models import go_offline_without_hub
 
     file = Path(source).is_file()
@@ -213,9 +234,9 @@ def _loaded(source: str, option: str) -> Iterable[Any]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below has the message
-    place = {"path": "parquet", "data_files": source} if file else {"path": source}
+    place = {"path": "parquet", "data_files": source} if file else {"path": source, **of_hub}
     try:
-        return datasets.load_dataset(**place, split="train")
+        return datasets.load_dataset(**{"split": "train", **place})
     except Exception as error:
         what = "no Parquet file" if file else "neither a file nor a hub data set"
         raise DataError(f"{option}: {source!r} is {what} that can be loaded: {error}") from error
@@ -248,10 +269,78 @@ def _row(where: str, value: Any, prompts: Sequence[str], completion: str) -> Row
     return {"prompt": "\n\n".join(filter(None, texts[:-1])), "completion": texts[-1]}
 
 
-def _hint(where: str, name: str, given: Row) -> str:
+def _row_of(task: str) -> Any:
+    """Return the function that makes a task's row of a decoded value."""
+    return _row if task == "sft" else functools.partial(_task_row, task)
+
+
+def _task_row(task: str, where: str, value: Any, prompts: Sequence[str], completion: str) -> Row:
+    """Return the row of a decoded value for another task than sft."""
+    value = _as(dict, value, where)
+    given = {name: item for name, item in value.items() if item is not None}
+    sources = {"completion": completion}
+    if all(name in given for name in prompts) and len(prompts) > 1:
+        given["prompt"] = "\n\n".join(
+            _as(str, given[name], f"{where}, {name!r}") for name in prompts
+        )
+    elif prompts != ["prompt"]:
+        sources["prompt"] = prompts[0]
+    row: Row = {}
+    for key in TASK_KEYS[task]:
+        name = sources.get(key, key)
+        if name not in given:
+            raise DataError(
+                f"{where}: expected the key {name!r}, {_hint(where, name, given, task)}."
+            )
+        row[key] = _label(given[name], where) if key == "label" else _said(key, given[name], where)
+    if "chosen" in row:
+        if (name := sources.get("prompt", "prompt")) in given:
+            row["prompt"] = _said("prompt", given[name], where)
+        if row["chosen"] == row["rejected"]:
+            raise DataError(f"{where}: expected two answers, but 'chosen' equals 'rejected'.")
+    kinds = {type(item) for key, item in row.items() if key != "label"}
+    if len(kinds) > 1:
+        raise DataError(f"{where}: expected texts or lists of turns, got both in one row.")
+    return {**given, **row} if task in ("grpo", "rloo") else row
+
+
+def _said(key: str, value: Any, where: str) -> str | Turns:
+    """Return a prompt or an answer: a text, or turns that end with the role who speaks."""
+    where = f"{where}, {key!r}"
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(
+                f"{where}: expected text, got {'blanks' if value else 'an empty string'}."
+            )
+        return value
+    turns = [_turn(turn, f"{where}, turn {i}") for i, turn in enumerate(_as(list, value, where), 1)]
+    last = turns[-1]["role"] if turns else "none"
+    if (last == "assistant") == (key == "prompt"):
+        who = "another than the assistant" if key == "prompt" else "the assistant"
+        raise DataError(f"{where}: expected turns that end with {who}'s, got {last}.")
+    return turns
+
+
+def _label(value: Any, where: str) -> bool:
+    """Return whether an answer is a good one."""
+    known = {"true": True, "false": False, "1": True, "0": False}
+    if (text := str(value).lower()) not in known:
+        raise DataError(f"{where}, 'label': expected true or false, got {value!r}.")
+    return known[text]
+
+
+def _hint(where: str, name: str, given: Row, task: str = "sft") -> str:
     """Return what a row without the key ``name`` has, and what to do."""
-    if "chosen" in given:
-        return "got 'chosen' and 'rejected', which are for `rasa-ext trl dpo`"
+    needed = TASK_KEYS.get(task, ())
+    if "chosen" in given and "chosen" not in needed:
+        return "got 'chosen' and 'rejected', which are for `rasa-ext dpo`"
+    if "label" in given and "label" not in needed:
+        return "got 'label', which is for `rasa-ext kto`"
+    if task != "sft" and "completion" in given and "completion" not in needed:
+        return "got 'completion', which is for `rasa-ext sft`"
+    for key in ("messages", "conversations", "text"):
+        if task != "sft" and key in given:
+            return f"got {key!r}, which is for `rasa-ext sft`"
     if {"instruction", "output"} <= given.keys():
         return "got Alpaca's; pass --prompt-field instruction,input --completion-field output"
     if near := difflib.get_close_matches(name, given, 1):
@@ -394,6 +483,43 @@ def rows_for_sft(
         return [{"prompt": turns[:i], "completion": [turns[i]], **more} for i in _answers(turns)]
 
     return [[part for pair in rows for part in parts(*pair)] for rows in chats], marks
+
+
+def rows_for_task(sets: Sequence[Sequence[Row]], tokenizer: Any, template: bool) -> list[list[Row]]:
+    """Convert the rows of another task than sft for TRL's trainers.
+
+    With ``template``, prompts and answers that are text become turns, if the tokenizer has a chat
+    template. Whole texts without a prompt stay as they are. A tokenizer without a template gets
+    `PLAIN_TEMPLATE` if there are turns.
+
+    Raises DataError if only some rows are texts, or the template refuses a row.
+    """
+    every = [row for rows in sets for row in rows]
+    if any(isinstance(item, list) for row in every for item in map(row.get, _SPOKEN)):
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+
+    def turned(row: Row) -> Row:
+        if "prompt" not in row or not (template and tokenizer.chat_template):
+            return row
+        roles = {key: "user" if key == "prompt" else "assistant" for key in _SPOKEN if key in row}
+        return row | {
+            key: [{"role": role, "content": row[key]}]
+            for key, role in roles.items()
+            if isinstance(row[key], str)
+        }
+
+    made = [[turned(row) for row in rows] for rows in sets]
+    kinds = {type(row[key]) for rows in made for row in rows for key in _SPOKEN if key in row}
+    if len(kinds) > 1:
+        raise DataError("data: expected all rows as texts, or all as lists of turns, got both.")
+    for row in (row for rows in made for row in rows if kinds == {list}):
+        answers = [row[key] for key in _SPOKEN[1:] if key in row] or [[]]
+        for answer in answers:
+            templated(tokenizer, [*row.get("prompt", ()), *answer], "data")
+    return made
+
+
+_SPOKEN = ("prompt", "completion", "chosen", "rejected")
 
 
 def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple[str, str]]:

@@ -84,7 +84,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     from rasa_ext.commands.data import write_examples
     from rasa_ext.commands.measuring import exact_match, greedy_answers
     from rasa_ext.commands.models import load_model, load_tokenizer, save_model
-    from rasa_ext.commands.options import FinetuneOptions
+    from rasa_ext.commands.options import parse
     from rasa_ext.commands.paths import SMOLLM2
     from rasa_ext.commands.problems import make_problems
     from rasa_ext.commands.results import describe
@@ -111,19 +111,20 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
             return greedy_answers(model, tokenizer, prompts, size.max_new_tokens, len(prompts))
 
     before = answers()
-    options = FinetuneOptions(
-        model=SMOLLM2,
-        data=[str(output / "train.jsonl")],
-        eval_data=[str(output / "test.jsonl")],
-        output=str(adapter),
-        rank=8,
-        k=1,
-        lr=size.lr,
-        max_steps=size.steps,
-        batch_size=size.batch_size,
-        seq_len=256,
-        dtype="float32",
-        seed=seed,
+    given = {
+        "model": SMOLLM2,
+        "data": output / "train.jsonl",
+        "eval_data": output / "test.jsonl",
+        "output": adapter,
+        "lr": size.lr,
+        "max_steps": size.steps,
+        "batch_size": size.batch_size,
+        "max_length": 256,
+        "dtype": "float32",
+        "seed": seed,
+    }
+    options = parse(
+        "sft", [word for name, value in given.items() for word in (f"--{name}", str(value))]
     )
     result = train(options, console, model=model, tokenizer=tokenizer)
     if result["interrupted"]:

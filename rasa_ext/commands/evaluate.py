@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rasa_ext.commands.data import conversation, files_of, questions, read_examples
-from rasa_ext.commands.options import trained_with_template
 from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import check_dtype, check_least
+from rasa_ext.commands.paths import trained_with_template
 
 
 @command

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rasa_ext.commands.options import note_template
 from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs, check_least
+from rasa_ext.commands.paths import note_template
 
 LARGE = 2**30  # bytes; a larger LoRA of experts is written only with --yes
 

@@ -50,7 +50,7 @@ def generate(
     if prompt is None and len(targets) > 1:
         raise ValueError(f"prompt: expected --prompt with several models, got {targets}.")
     from rasa_ext.commands.measuring import each_model
-    from rasa_ext.commands.options import trained_with_template
+    from rasa_ext.commands.paths import trained_with_template
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature:

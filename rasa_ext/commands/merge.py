@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rasa_ext.commands.options import note_template
 from rasa_ext.commands.output import command, console, working
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs, check_dtype
+from rasa_ext.commands.paths import note_template
 
 
 @command

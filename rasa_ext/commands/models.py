@@ -20,7 +20,12 @@ import torch
 import transformers
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from rasa_ext.base_layers.quantized import ROTATED, is_rotated, misread
 from rasa_ext.checkpoint.files import CONFIG, read_config
@@ -53,7 +58,9 @@ def resolve(name: str) -> str:
     return find_smollm2() if name == SMOLLM2 else name
 
 
-def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
+def load_model(
+    name: str, dtype: str = "auto", quantization: str = "", *, score: bool = False, **more: Any
+) -> Any:
     """Load a causal language model in eval mode, on the CPU.
 
     Args:
@@ -63,6 +70,8 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
             file).
         quantization: "load_in_4bit" (NF4) or "load_in_8bit" quantizes the linear layers with
             bitsandbytes.
+        score: load a sequence classifier with one new output, as a reward model begins.
+        more: other arguments of ``from_pretrained``.
 
     Returns:
         The model.
@@ -86,10 +95,9 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
             dtype = "float32" if dtype == "auto" else dtype
         if (settings := settings or _trainable(where)) is not None:
             where["quantization_config"] = settings  # None would replace that of the checkpoint
-        model, report = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, output_loading_info=True
-        )
-    if missing := sorted(report["missing_keys"]):
+        kind, more = _kind(score), {**more, **({"num_labels": 1} if score else {})}
+        model, report = kind.from_pretrained(**where, dtype=dtype, output_loading_info=True, **more)
+    if missing := sorted(key for key in report["missing_keys"] if not (score and _is_new(key))):
         raise ModelError(  # transformers only warns and uses random numbers
             f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); is it a complete causal language model?"
@@ -106,6 +114,15 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
         )
     model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
     return model.eval()
+
+
+def _kind(score: bool) -> Any:
+    return AutoModelForSequenceClassification if score else AutoModelForCausalLM
+
+
+def _is_new(key: str) -> bool:
+    """Return whether a weight belongs to a classifier's head, which a language model lacks."""
+    return key.partition(".")[0] in ("score", "classifier")
 
 
 def _bitsandbytes(quantization: str, dtype: str, name: str) -> Any:
@@ -153,11 +170,11 @@ def _has_packed_zero_points(stored: dict[str, Any]) -> bool:
     )
 
 
-def load_skeleton(name: str) -> Any:
+def load_skeleton(name: str, *, score: bool = False) -> Any:
     """Load a model's modules on the meta device: names and shapes, no weights.
 
     Args:
-        name: the model's name, as in ``load_model``.
+        name, score: as in ``load_model``.
 
     Returns:
         The model.
@@ -175,8 +192,9 @@ def load_skeleton(name: str) -> Any:
         config = AutoConfig.from_pretrained(**where)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        config.num_labels = 1 if score else config.num_labels
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = _kind(score).from_config(config, trust_remote_code=False)
     model.config._name_or_path = name
     return model
 

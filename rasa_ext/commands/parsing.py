@@ -1,28 +1,20 @@
-"""Options that several commands share, and options made from the fields of a dataclass.
+"""Options that several commands share, and their checks.
 
 Nothing here imports torch, so ``--help`` and the documentation do not need it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
-import re
-import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from rasa_ext.writing import STALE, check_output
 
 __all__ = ["Output", "Overwrite", "check_differs", "parse_targets"]
 
-_MISSING = dataclasses.MISSING
-LISTS = ("data", "eval_data")  # options that may be repeated
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The options of a command that writes a directory.
@@ -30,93 +22,6 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write
 Overwrite = Annotated[
     bool, typer.Option(help="Replace an earlier model in the output directory; other files stay.")
 ]
-
-
-def options_of(
-    fields: type, others: Mapping[str, str], same: Collection[str]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a decorator that adds a dataclass's fields, and ``config``, as keyword parameters.
-
-    The help of each field comes from the section ``Args`` of the dataclass's docstring. It is
-    copied into the function's docstring, where `rasa_ext.commands.output.command` reads it.
-    ``others`` maps other programs' names for the fields to ours. A config file may have the names
-    in ``same``; errors suggest ours for the others.
-    """
-    types = typing.get_type_hints(fields)
-
-    def use(context: typer.Context, value: Path | None) -> None:
-        if value is not None:
-            context.default_map = _read_config_file(value, defaults, others, same)
-
-    text = "YAML file with any of these options; the command line overrides it."
-    config = typer.Option(is_eager=True, callback=use, help=text)
-    types["config"] = Annotated[Path | None, config]
-    defaults = {field.name: field.default for field in dataclasses.fields(fields)}
-
-    def declare(function: Callable[..., None]) -> Callable[..., None]:
-        def declared(config: None, **values: Any) -> None:
-            function(**values)
-
-        kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
-        parameters = [
-            inspect.Parameter(name, kind, default=empty if default is _MISSING else default)
-            for name, default in {**defaults, "config": None}.items()
-        ]
-        vars(declared)["__signature__"] = inspect.Signature(parameters)
-        declared.__name__, declared.__annotations__ = function.__name__, types
-        # Python 3.13 removes the indentation of docstrings, and older versions do not.
-        about, entries = (inspect.getdoc(source) or "" for source in (function, fields))
-        declared.__doc__ = f"{about}\n\nArgs:\n" + entries.partition("Args:\n")[2]
-        return declared
-
-    return declare
-
-
-def _read_config_file(
-    path: Path, known: Collection[str], others: Mapping[str, str], same: Collection[str]
-) -> dict[str, Any]:
-    """Read a file's values by option name, as texts that typer parses like the command line's.
-
-    Keys may be written with ``-`` or ``_``. Raises typer.BadParameter, which names the file and any
-    unknown key.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise typer.BadParameter(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{path}: expected YAML, but it does not parse: {error}") from None
-    if not isinstance(data, dict):
-        kind = type(data).__name__
-        raise typer.BadParameter(f"{path}: expected option names with values, got {kind}.")
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        name = others[name] if name in same else name
-        if name not in known:
-            near = others.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
-            hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}."
-            raise typer.BadParameter(f"{path}: unknown key {str(key)!r}; {hint}")
-        if isinstance(value, dict):
-            value = yaml.safe_dump(value, default_flow_style=True, width=1e9).strip()[1:-1]
-        if name in LISTS and value is not None:
-            values[name] = list(map(str, value)) if isinstance(value, list) else [str(value)]
-        elif value is not None:
-            values[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return values
-
-
-def parse_yaml(option: str, text: str) -> dict[str, Any]:
-    """Parse an option's YAML. Raises ValueError unless it is a list of names and values."""
-    try:
-        values = yaml.safe_load(f"{{{text}}}")
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, dict) or None in values.values():
-        raise ValueError(f"{option}: expected YAML such as 'name: 4', got {text!r}.")
-    # YAML 1.1 reads 1e-3 as text, because the number has no decimal point.
-    exponent = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-    return {n: float(v) if exponent.fullmatch(str(v)) else v for n, v in values.items()}
 
 
 def parse_targets(text: str) -> str | list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from rasa_ext.commands.output import console
 from rasa_ext.writing import CONFIG
 
 SMOLLM2 = "smollm2"  # the name of the demo's model, local or on the hub
@@ -70,4 +71,21 @@ def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
         raise ModelError(
             f"model: expected a model's directory, with a config.json, but {path} "
             f"{'holds none' if any(path.iterdir()) else 'is empty'}."
+        )
+
+
+def trained_with_template(name: str | Path) -> bool:
+    """Return whether an adapter was trained with the chat template; True for other models."""
+    from rasa_ext.checkpoint.files import CONFIG, read_config
+
+    adapter = (Path(name) / CONFIG).is_file()
+    return not adapter or bool(read_config(name).get("rasa_template", True))
+
+
+def note_template(adapter: Path) -> None:
+    """Print that an adapter was trained without a chat template."""
+    if not trained_with_template(adapter):
+        console.print(
+            "The adapter was trained without a chat template: send it plain prompts, and pass "
+            "--no-template to evaluate and generate."
         )

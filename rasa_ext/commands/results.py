@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,54 +13,115 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rasa_ext import Card
-from rasa_ext.commands.callbacks import values
+from rasa_ext.checkpoint import read_adapter
+from rasa_ext.checkpoint.card import CARD, adapter_card, write_card
+from rasa_ext.commands.callbacks import Progress, values
 from rasa_ext.commands.data import files_of
-from rasa_ext.commands.options import FinetuneOptions
-from rasa_ext.commands.trainer import AdapterTrainer
+from rasa_ext.commands.options import TASKS, Options
 from rasa_ext.patching.state import patch_state
 
+_FIGURES = {
+    "dpo": {"rewards/margins": "margin"},
+    "kto": {"rewards/margins": "margin"},
+    "reward": {"accuracy": "accuracy"},
+    "grpo": {"reward": "reward"},
+    "rloo": {"reward": "reward"},
+}
 
-def write_results(
-    trainer: AdapterTrainer, options: FinetuneOptions, interrupted: bool, trainable: int
+
+def figures(task: str) -> Mapping[str, str]:
+    """Return the numbers of a task besides the loss, as TRL names them, and what to call them."""
+    return _FIGURES.get(task, {})
+
+
+def write_folder(
+    trainer: Any, options: Options, interrupted: bool, trainable: int, progress: Progress
 ) -> dict[str, Any]:
-    """Write adapter, card, tokenizer, `loss.png` and `summary.json`; return the summary.
-
-    "seconds" is the time in training steps, over all parts of a resumed run. "first_loss" and
-    "last_loss" are means over the first and last tenth of the steps.
-    """
-    output = Path(options.output)
-    rows = trainer.state.log_history
+    """Write adapter, card, tokenizer, `loss.png` and Trainer's state; return the run's numbers."""
+    rows, state = trainer.state.log_history, trainer.state
     losses, held_out = values(rows, "loss"), values(rows, "eval_loss") or [None]
-    best = trainer.args.load_best_model_at_end
-    tenth, seconds = max(1, len(losses) // 10), sum(values(rows, "seconds"))
+    seconds, tokens = progress.seconds, progress.tokens
+    best, tenth = trainer.args.load_best_model_at_end, max(1, len(losses) // 10)
     result = {
-        "output": options.output,
+        "output": str(options.output),
         "interrupted": interrupted,
-        "step": trainer.state.global_step,
-        "total_steps": trainer.state.max_steps,
+        "step": state.global_step,
+        "total_steps": state.max_steps,
         "seconds": seconds,
-        "tokens_per_s": sum(values(rows, "tokens")) / seconds if seconds else None,
+        "tokens_per_s": tokens / seconds if tokens and seconds else None,
         "first_loss": sum(losses[:tenth]) / tenth if losses else None,
         "last_loss": sum(losses[-tenth:]) / tenth if losses else None,
         "eval_loss_before": held_out[0],
-        "eval_loss": trainer.state.best_metric if best else held_out[-1],
-        "kept_step": trainer.state.best_global_step if best else trainer.state.global_step,
+        "eval_loss": state.best_metric if best else held_out[-1],
+        "kept_step": state.best_global_step if best else state.global_step,
         "trainable": trainable,
         "peak_memory": peak_memory(),
     }
+    for name, text in figures(options.task).items():
+        for prefix, where in (("", "training"), ("eval_", "held-out")):
+            if found := values(rows, prefix + name):
+                result[f"{where} {text}"] = [found[0], found[-1]]
     trainer.model.eval()
-    trainer.card = run_card(trainer, options, result)
+    card = folder_card(trainer, options, result)
+    trainer.card = card
     trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", result, combined=False)
     if not trainer.is_world_process_zero():
         return result
+    if options.task != "sft":
+        _write_card(trainer, options, card)
     if losses:
-        config = patch_state(trainer.base_model).config
-        rank = f" r={config.rank}" if hasattr(config, "rank") else ""
-        title = f"{config.title}{rank}, {Path(options.model).name}"
-        plot_loss(rows, output / "loss.png", title)
-    text = json.dumps(result, indent=2)
-    (output / "summary.json").write_text(text + "\n", encoding="utf-8")
+        plan = patch_state(trainer.skeleton).plan
+        rank = f" r={plan.config.rank}" if hasattr(plan.config, "rank") else ""
+        name = Path(options.base.model_name_or_path).name
+        title = f"{plan.config.title}{rank}, {name}"
+        plot_loss(rows, options.output / "loss.png", title, figures(options.task))
     return result
+
+
+def _write_card(trainer: Any, options: Options, card: Card) -> None:
+    """Replace PEFT's card of the run's folder by this package's."""
+    settings, tensors = read_adapter(options.output)
+    plan = patch_state(trainer.skeleton).plan
+    text = adapter_card(trainer.skeleton, settings, plan, tensors, card)
+    (options.output / CARD).unlink(missing_ok=True)
+    write_card(options.output, text, options.output)
+
+
+def folder_card(trainer: Any, options: Options, result: Mapping[str, Any]) -> Card:
+    """Make a run's card, with its task, data, options and numbers."""
+    data = options.data
+    chosen: dict[str, Any] = {
+        "task": f"{options.task}, by TRL's {TASKS[options.task].kind}Trainer",
+        "steps": f"{result['step']:,} of {result['total_steps']:,}",
+        "processes": trainer.args.world_size,
+        "dtype of the base": str(trainer.base_model.dtype).removeprefix("torch."),
+        "trainable parameters": f"{result['trainable']:,}",
+    }
+    for name, count in trainer.counts.items():
+        value = getattr(data, name)
+        named = [f"`{_local(str(s))}`" for s in value] if isinstance(value, list) else [str(value)]
+        chosen[name] = ", ".join([*named, count])
+    for name, value in options.given.items():
+        if name in ("init_adapter", "rank_pattern"):
+            chosen[name] = f"`{_local(value)}`"
+        elif name not in ("model", "output", "dtype", "max_steps", *chosen):
+            chosen[name] = value
+    table = [f"| {name} | {value} |" for name, value in chosen.items()]
+    named = [
+        source
+        for given, option in ((data.data, "data"), (data.eval_data or [], "eval_data"))
+        for source in files_of([each for each in given if isinstance(each, str)], option)
+        if not Path(source).is_file()
+    ]
+    return Card(
+        named,
+        {
+            "Training": "\n".join(["| | |", "| --- | --- |", *table]),
+            "Figures of the run": "\n".join(f"- {line}" for line in describe(result)),
+        },
+    )
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
@@ -69,9 +129,11 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if result["seconds"]:
         time = f"{result['seconds']:.0f} s in {result['step']} steps"
+        if (speed := result.get("tokens_per_s")) is not None:
+            time += f", {speed:,.0f} tokens/s"
         peak = zip(("resident", "on the GPU"), result["peak_memory"].values(), strict=False)
         memory = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak)
-        lines.append(f"{time}, {result['tokens_per_s']:,.0f} tokens/s, peak memory {memory}")
+        lines.append(f"{time}, peak memory {memory}")
     if result["first_loss"] is not None:
         losses = f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
         rose = "; it rose, try a lower --lr" if result["last_loss"] > result["first_loss"] else ""
@@ -81,34 +143,10 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         kept = f" (of step {result['kept_step']}, which is kept)"
         kept = kept if result["kept_step"] != result["step"] else ""
         lines.append(f"held-out loss {before:.4f} -> {after:.4f}{kept}")
+    for name, pair in result.items():
+        if name.startswith(("training ", "held-out ")):
+            lines.append(f"{name} {pair[0]:.4f} -> {pair[1]:.4f}")
     return lines
-
-
-def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[str, Any]) -> Card:
-    """Make a fine-tuning run's card, with its data, options and metrics."""
-    chosen = {
-        "steps": f"{result['step']:,} of {result['total_steps']:,}",
-        "processes": trainer.args.world_size,
-        "dtype of the base": str(trainer.base_model.dtype).removeprefix("torch."),
-        "trainable parameters": f"{result['trainable']:,}",
-    }
-    for name, value in options.to_dict().items():
-        if name in trainer.counts:
-            named = [f"`{_local(s)}`" for s in value] if isinstance(value, list) else [str(value)]
-            chosen[name] = ", ".join([*named, trainer.counts[name]])
-        elif name in ("init_adapter", "rank_pattern") and value is not None:
-            chosen[name] = f"`{_local(value)}`"
-        elif name not in ("model", "output", "dtype", "max_steps") and value not in (None, ""):
-            chosen[name] = value
-    table = [f"| {name} | {value} |" for name, value in chosen.items()]
-    sources = [*files_of(options.data, "data"), *files_of(options.eval_data or (), "eval_data")]
-    return Card(
-        [source for source in sources if not Path(source).is_file()],
-        {
-            "Training": "\n".join(["| | |", "| --- | --- |", *table]),
-            "Figures of the run": "\n".join(f"- {line}" for line in describe(result)),
-        },
-    )
 
 
 def _local(source: str) -> str:
@@ -129,25 +167,36 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Plot training and held-out loss of metrics.jsonl's rows into a PNG.
+def plot_loss(
+    rows: Sequence[Mapping[str, Any]], path: Path, title: str, names: Mapping[str, str] = {}
+) -> None:
+    """Plot training and held-out loss of a log's rows, and other numbers by name, into a PNG.
 
     The faint line is the loss of each step, the strong line a running mean over a twentieth of the
-    steps.
+    steps. Two held-out values are dots.
     """
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")  # pyplot has global state
+    shown = {"loss": "loss per trained token (nats)" if not names else "loss", **names}
+    size = (7, 4 if len(shown) == 1 else 6)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")  # pyplot has global state
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps, losses = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row), strict=True)
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    width = max(1, len(losses) // 20)
-    windows = [losses[max(0, end - width) : end] for end in range(1, len(losses) + 1)]
-    means = [sum(window) / len(window) for window in windows]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
-    axes.plot(steps, means, color="tab:blue", label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="step", ylabel="loss per trained token (nats)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for axes, (name, text) in zip(
+        figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown.items(), strict=True
+    ):
+        steps, found = _series(rows, name)
+        width = max(1, len(found) // 20)
+        windows = [found[max(0, end - width) : end] for end in range(1, len(found) + 1)]
+        means = [sum(window) / len(window) for window in windows]
+        axes.plot(steps, found, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(steps, means, color="tab:blue", label="training")
+        if (held_out := _series(rows, f"eval_{name}"))[0]:
+            line = "o-" if len(held_out[0]) > 2 else "o"
+            axes.plot(*held_out, line, color="tab:orange", label="held out")
+        axes.set(xlabel="step", ylabel=text, title=title if name == "loss" else "")
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in pairs], [value for _, value in pairs]

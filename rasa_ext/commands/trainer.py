@@ -1,7 +1,8 @@
-"""A subclass of TRL's SFTTrainer that trains an adapter of this package and saves checkpoints."""
+"""Subclasses of TRL's trainers that train an adapter of this package and save checkpoints."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
@@ -27,7 +28,63 @@ from rasa_ext.training import parameter_groups
 IGNORE = -100  # label of a token without loss; the default of torch's cross entropy
 
 
-class AdapterTrainer(SFTTrainer):
+class Training(Trainer):
+    """What all trainers do differently from TRL's.
+
+    - An evaluation does not change the random numbers that dropout draws afterwards.
+    - No telemetry is sent, and saving makes no request to the hub. The model card is this
+      package's and is written only into the output directory.
+    - A checkpoint has the run's options, with which a run that continues compares its own.
+    """
+
+    record = "{}"
+    skeleton: Any = None
+    """The base on the meta device with the adapter, for the card."""
+    counts: dict[str, str]
+    """What is in the data, by option, for the card."""
+
+    @property
+    def base_model(self) -> Any:
+        """The language model with adapted layers."""
+        model: Any = self.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without changing the random state that dropout uses.
+
+        So training losses do not depend on the evaluations, nor on one skipped at an interrupt.
+        """
+        rng = torch.random.fork_rng(devices=[])  # a data loader draws a seed on the CPU
+        with rng, working("Measuring the held-out loss"):
+            return super().evaluate(*args, **kwargs)
+
+    def compare_trainer_and_checkpoint_args(self, *args: Any) -> None:
+        """Do nothing: the command compares its own options, and may change when it saves."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: saving writes the card."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.note(Path(output_dir if output_dir is not None else str(self.args.output_dir)))
+
+    def note(self, directory: Path) -> None:
+        """Write the run's options into a checkpoint."""
+        if directory != Path(str(self.args.output_dir)):
+            (directory / RUN).write_text(self.record, encoding="utf-8")
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+def trainer_of(kind: str) -> Any:
+    """Return TRL's trainer of a kind, such as "DPO", with the changes of ``Training``."""
+    name = f"{kind}Trainer"
+    trl: Any = importlib.import_module("trl")
+    return type(name, (Training, getattr(trl, name)), {})
+
+
+class AdapterTrainer(Training, SFTTrainer):
     """An SFTTrainer that patches the base model with a new adapter of any method.
 
     - The optimizer uses the method's own rates. Checkpoints contain only the adapter's weights.
@@ -38,9 +95,6 @@ class AdapterTrainer(SFTTrainer):
       loss on a quarter of the tokens, take 3.2 s instead of 4.6 (one core of an EPYC, float32,
       median of six, CPU time, 2026-11-26).
     - The held-out loss is a mean over tokens, so it does not depend on the batch size.
-    - An evaluation does not change the random numbers that dropout draws afterwards.
-    - No telemetry is sent, and saving makes no request to the hub. The model card is this
-      package's and is written only into the output directory, where `push_to_hub` finds it.
     """
 
     lr_scheduler: Any
@@ -73,13 +127,7 @@ class AdapterTrainer(SFTTrainer):
         )
         self._held_out = torch.zeros(2, dtype=torch.float64)
         self.card = rasa_ext.Card()
-        self.record = "{}"
-        self.counts: dict[str, str] = {}  # what is in the data, by option, for the card
-
-    @property
-    def base_model(self) -> Any:
-        """The language model with adapted layers."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.counts = {}
 
     def compute_loss(
         self,
@@ -125,10 +173,10 @@ class AdapterTrainer(SFTTrainer):
         Other schedules are Trainer's, with the warm-up of this trainer.
         """
         if self.args.lr_scheduler_type != "linear":
-            self.args.warmup_steps = int(self.warmup * num_training_steps)
+            self.args.warmup_steps = self._rise(num_training_steps)
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            rise = int(self.warmup * num_training_steps)
+            rise = self._rise(num_training_steps)
 
             def rate(step: int) -> float:
                 if step < rise:
@@ -138,14 +186,8 @@ class AdapterTrainer(SFTTrainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
         return self.lr_scheduler
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without changing the random state that dropout uses.
-
-        So training losses do not depend on the evaluations, nor on one skipped at an interrupt.
-        """
-        rng = torch.random.fork_rng(devices=[])  # a data loader draws a seed on the CPU
-        with rng, working("Measuring the held-out loss"):
-            return super().evaluate(*args, **kwargs)
+    def _rise(self, steps: int) -> int:
+        return int(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate like Trainer's method, but average the loss over all trained tokens."""
@@ -171,12 +213,6 @@ class AdapterTrainer(SFTTrainer):
         self._held_out += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         return loss, *others
 
-    def compare_trainer_and_checkpoint_args(self, *args: Any) -> None:
-        """Do nothing: `finetune` compares its own options, and may change when it saves."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: saving writes the card."""
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; if an engine shards the model, every process takes part."""
         self._save(output_dir)
@@ -192,8 +228,7 @@ class AdapterTrainer(SFTTrainer):
         rasa_ext.save_adapter(self.base_model, directory, card=None if is_checkpoint else self.card)
         if not self.args.should_save:
             return
-        if is_checkpoint:
-            (Path(directory) / RUN).write_text(self.record, encoding="utf-8")
+        self.note(Path(directory))
         self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -205,9 +240,6 @@ class AdapterTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         name = Path(str(self.state.best_model_checkpoint)).name  # its folder may have moved
         self._load_from_checkpoint(str(Path(self.args.output_dir) / name))
-
-    def _send_telemetry(self) -> None:
-        pass
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:

@@ -1,165 +1,416 @@
-"""train(options): check, load and patch, train with TRL's SFTTrainer, and write the results."""
+"""train: check, load, train with a trainer of TRL, and write one folder."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
-import difflib
+import fcntl
 import hashlib
+import importlib
 import json
+import logging
 import os
+import shlex
+import subprocess
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 import yaml
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
-from transformers import SchedulerType
-from transformers.integrations import get_available_reporting_integrations
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
-from trl import SFTConfig
 
+import rasa_ext.peft
 from rasa_ext import patch_model, summary, unpatch
 from rasa_ext.checkpoint import convert_lora, read_adapter, read_lora
 from rasa_ext.checkpoint.loading import load_tensors_into
-from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback
+from rasa_ext.commands.callbacks import InterruptCallback, Progress
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
-from rasa_ext.commands.data import DataError, counted, read_examples, rows_for_sft, split
+from rasa_ext.commands.data import (
+    DataError,
+    counted,
+    read_examples,
+    rows_for_sft,
+    rows_for_task,
+    split,
+)
 from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer, own_tokenizer
-from rasa_ext.commands.options import RECORD, FinetuneOptions, check_loop
-from rasa_ext.commands.output import working
-from rasa_ext.commands.parsing import parse_yaml
-from rasa_ext.commands.results import write_results
-from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
-from rasa_ext.methods import AdapterConfig, checked_choice, read_method
+from rasa_ext.commands.options import TASKS, Options
+from rasa_ext.commands.output import INTERRUPTED, working
+from rasa_ext.commands.parsing import check_differs
+from rasa_ext.commands.results import describe, figures, write_folder
+from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset, trainer_of
+from rasa_ext.methods import AdapterConfig
 from rasa_ext.patching.grouping import as_saved
+from rasa_ext.writing import WriteError, created, is_full, write_error
 
 OPEN, CLOSE = ">>>", "<<<"  # around trained text in the printed example
 _SHOWN = 400  # characters; longer text without loss is shortened in the middle
-# Options that may change on a resume, because no step depends on them.
-_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_steps", "save_steps"})
+_HARMLESS = ("output", "gradient_checkpointing", "eval_steps", "eval_strategy", "save_steps")
+"""Options that may change on a resume, because no step depends on them."""
+
+
+def run(options: Options, console: Console) -> None:
+    """Train, alone in the run's folder, and print what came of it."""
+    check_output(options)
+    new = not (options.data.resume or options.data.overwrite)
+    try:
+        with reserved(options.output, options.record, new=new):
+            result = _train(options, console)
+    except Exception as error:
+        told = write_error(options.output, error, "what was written before is whole")
+        if told is None or isinstance(error, WriteError) or not is_full(error):
+            raise
+        raise told from error  # a library wrote
+    if result["interrupted"]:
+        several = f" in {processes()} processes" if processes() > 1 else ""
+        console.print(
+            f"Stopped after step {result['step']} of {result['total_steps']}. "
+            f"Continue{several} with:\n  rasa-ext {options.task} --config "
+            f"{shlex.quote(str(options.record))} --resume",
+            markup=False,
+        )
+        raise typer.Exit(INTERRUPTED)
+    console.print(f"adapter, card, loss.png, all_results.json: {options.output}", markup=False)
+    for line in describe(result):
+        console.print(line)
 
 
 def train(
-    options: FinetuneOptions, console: Console, *, model: Any = None, tokenizer: Any = None
+    options: Options, console: Console, *, model: Any = None, tokenizer: Any = None
 ) -> dict[str, Any]:
-    """Fine-tune a causal language model and write the adapter into `options.output`.
+    """Train an adapter, and write it into the run's folder.
 
-    The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), its card
-    (`README.md`), the tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the options in
-    `finetune.yaml`, and checkpoints. Ctrl-C stops the run after the current step, with a
-    checkpoint. Returns the content of `summary.json`.
+    The folder gets the adapter, its card (`README.md`), the tokenizer, `loss.png`, the options,
+    checkpoints, and Trainer's own `trainer_state.json` and `all_results.json`. Ctrl-C stops the run
+    after the current step, with a checkpoint. Returns the content of `all_results.json`.
 
     Args:
         options: options of the run.
         console: prints the progress.
         model: a loaded model, which is unpatched afterwards; None loads it by name.
-        tokenizer: None loads the one saved with `options.init_adapter`, or else the model's.
+        tokenizer: None loads the one saved with `init_adapter`, or else the model's.
 
     Raises ValueError, whose message names the option or the line of data, or FileNotFoundError.
     """
-    output = Path(options.output)
-    resumed = newest_whole(output, console) if options.resume else None
-    if tokenizer is None and options.init_adapter is not None:
-        tokenizer = own_tokenizer(Path(options.init_adapter))
-    if tokenizer is None:
-        tokenizer = load_tokenizer(options.model)
-    of_trl = parse_yaml("training_arguments", options.training_arguments)
-    if (path := of_trl.get("chat_template_path")) is not None:
+    check_output(options)
+    return _train(options, console, model, tokenizer)
+
+
+def check_output(options: Options) -> None:
+    """Raise if this run must not write into its folder."""
+    output, data = options.output, options.data
+    if processes() > 1 and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return  # the first process may have written by now
+    trained = any(output.glob("checkpoint-*/trainer_state.json"))
+    if trained and not (data.resume or data.overwrite):
+        ways = "--resume continues it, --overwrite replaces it"
+        raise ValueError(f"output: {output} holds checkpoints of an earlier run; {ways}.")
+    sources = filter(None, (options.base.model_name_or_path, data.init_adapter))
+    check_differs(sources, output, overwrite=data.resume or data.overwrite, beside=())
+
+
+def launch(options: Options, words: Sequence[str]) -> None:
+    """Run a task in the processes of ``accelerate launch``."""
+    launcher: Any = importlib.import_module("accelerate.commands.launch")
+    config: Any = importlib.import_module("trl.cli.accelerate_config")
+    elastic: Any = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    theirs = config.resolve_accelerate_config_argument(options.launcher)
+    given = [*theirs, "--module", "rasa_ext.commands", options.task, *words]
+    parsed = launcher.launch_command_parser().parse_args(given)
+    if parsed.num_processes is not None and parsed.num_processes < 1:
+        raise ValueError(f"num_processes: expected at least 1, got {parsed.num_processes}.")
+    try:
+        launcher.launch_command(parsed)
+    except (subprocess.CalledProcessError, elastic.ChildFailedError) as error:
+        code = getattr(error, "returncode", 1)  # the process has said why
+        raise typer.Exit(INTERRUPTED if code == INTERRUPTED else 1) from None
+
+
+def _train(
+    options: Options, console: Console, model: Any = None, tokenizer: Any = None
+) -> dict[str, Any]:
+    task, data, output = options.task, options.data, options.output
+    checkpoint = newest_whole(output, console) if data.resume else None
+    if tokenizer is None and data.init_adapter is not None:
+        tokenizer = own_tokenizer(Path(data.init_adapter))
+    tokenizer = tokenizer or load_tokenizer(options.base.model_name_or_path)
+    if (path := getattr(options.training, "chat_template_path", None)) is not None:
         tokenizer.chat_template = _template(str(path))
-    names = options.prompt_field, options.completion_field
-    asked = {"data": options.data, "eval_data": options.eval_data}
-    examples = {name: read_examples(s, *names, name) for name, s in asked.items() if s is not None}
-    if options.test_split is not None:
-        parts = split(examples["data"], options.test_split, options.seed)
-        examples = dict(zip(("data", "test_split"), parts, strict=True))
-    rows, marks = rows_for_sft(list(examples.values()), tokenizer, options.template)
-    plain = "text" in rows[0][0]
-    if plain:  # evaluate and generate read this in the record
-        options = copy.copy(options)  # without the checks, which refuse the folder that is reserved
-        object.__setattr__(options, "template", False)
+    examples = _examples(options)
+    marks = False
+    if task == "sft":
+        rows, marks = rows_for_sft(list(examples.values()), tokenizer, data.template)
+    else:
+        rows = rows_for_task(list(examples.values()), tokenizer, data.template)
     record = {
-        **options.to_dict(),
+        **_plain({name: v for name, v in options.values.items() if name not in _HARMLESS}),
         "processes": processes(),
         "rows of the data, as sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
-    state = None
-    if resumed is not None:
-        _check_run(resumed, record)
-        state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
-    arguments = _arguments(options, marks, plain)
-    loaded = model is None
-    if loaded:
-        _check_plan(options)
-        model = _load(options)
-    config, start = _adapter(options, model)
-    if model.dtype == torch.float16:
-        arguments = _arguments(options, marks, plain, fp16=True)
-    with warnings.catch_warnings():
-        if loaded:  # _check_plan has printed these warnings
-            warnings.filterwarnings("ignore", "(rank|groups): ")
-        trainer = AdapterTrainer(
-            model,
-            arguments,
-            adapter=as_saved(config) if start else config,
-            warmup=options.warmup,
-            train_dataset=dataset(rows[0]),
-            eval_dataset=dataset(rows[1]) if len(rows) > 1 else None,
-            processing_class=tokenizer,
-        )
-    if start:
-        load_tensors_into(trainer.base_model, config, start, str(options.init_adapter))
-        sizes = {name: getattr(config, name) for name in ("rank", "k") if hasattr(config, name)}
-        size = "".join(f", {name} {value}" for name, value in sizes.items())
-        console.print(f"Starting from {options.init_adapter}: {config.title}{size}.")
-    trainer.record = json.dumps(record)
+    if checkpoint is not None:
+        check_run(checkpoint, record)
+    score, loaded = task == "reward", model is None
+    skeleton = load_skeleton(options.base.model_name_or_path, score=score)
+    config, tensors = _adapter(options, skeleton)
+    whole = (*config.modules_to_save, *(["score"] if score else []))
+    patch_model(skeleton, config=dataclasses.replace(config, modules_to_save=whole))
+    config.callbacks(skeleton)
+    set_seed(options.training.seed)
+    model = _load(options) if loaded else model
+    trainer = _trainer(options, model, tokenizer, config, tensors, rows, marks)
+    trainer.record, trainer.skeleton = json.dumps(record), skeleton
     trainer.remove_callback(PrinterCallback)
     trainer.counts = {name: counted(each) for name, each in examples.items()}
-    prepared = (trainer.train_dataset, trainer.eval_dataset)
-    for name, given, learnt in zip(examples, rows, prepared, strict=False):
-        source = ", ".join(asked.get(name) or [f"--test-split {options.test_split}"])
-        describe_rows(f"{source}: {trainer.counts[name]}", len(given), learnt, options, console)
-    seen = set(map(json.dumps, rows[0]))
-    if both := sum(json.dumps(row) in seen for each in rows[1:] for row in each):
-        console.print(f"{both:,} held-out examples are also trained on.", style="yellow")
-    show_example(trainer.train_dataset[0], tokenizer, console, plain=plain)
-    trained = _describe_adapter(trainer.base_model, console)
-
-    steps = config.callbacks(trainer.base_model)
+    if tensors:
+        sizes = {name: getattr(config, name) for name in ("rank", "k") if hasattr(config, name)}
+        size = "".join(f", {name} {value}" for name, value in sizes.items())
+        console.print(f"Starting from {data.init_adapter}: {config.title}{size}.")
+    _show(options, trainer, rows, console)
+    trained = describe_adapter(skeleton, console)
+    steps = config.callbacks(trainer.base_model) if task == "sft" else ()
     for callback in steps:
         trainer.add_callback(callback)
-    if state is not None and state.global_step >= state.max_steps:
-        trainer.state, stopped = state, False
+    progress = Progress(console, figures(task))
+    state = checkpoint and TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state and state.global_step >= state.max_steps:
         console.print(f"The run in {output} is complete: {state.global_step} steps.")
-        if arguments.load_best_model_at_end:
+        trainer.state, stopped = state, False
+        if options.training.load_best_model_at_end:
             trainer._load_best_model()
         else:
-            trainer._load_from_checkpoint(str(resumed))
+            trainer._load_from_checkpoint(str(checkpoint))
         for callback in steps:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
+        if (before := _result_of(output)).get("step") == state.global_step:
+            return before
     else:
         if trainer.is_world_process_zero():
             output.mkdir(parents=True, exist_ok=True)
-            if options.overwrite:
+            if data.overwrite:
                 make_room(output)
-            text = yaml.safe_dump(options.to_dict(), sort_keys=False)
-            (output / RECORD).write_text(text, encoding="utf-8")
-        trainer.add_callback(MetricsCallback(output / "metrics.jsonl", console))
+            text = yaml.safe_dump(_plain(options.given), sort_keys=False)
+            options.record.write_text(text, encoding="utf-8")
+        trainer.add_callback(progress)
         with InterruptCallback(console) as stop:
             trainer.add_callback(stop)
-            trainer.train(resume_from_checkpoint=resumed and str(resumed))
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
-    result = write_results(trainer, options, stopped, trained)
+    result = write_folder(trainer, options, stopped, trained, progress)
     if not loaded:
         unpatch(model)
         vars(model).pop("forward", None)  # TRL's own forward, which can omit logits
     return result
+
+
+def _result_of(output: Path) -> dict[str, Any]:
+    """Return the numbers that a run wrote at the end, or none."""
+    path = output / "all_results.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _examples(options: Options) -> dict[str, list[dict[str, Any]]]:
+    """Read the rows to train on, and those that are held out, by option."""
+    data = options.data
+    of_hub = {"name": data.dataset_config} if data.dataset_config else {}
+
+    def read(source: Any, option: str, split_name: str = "train") -> list[dict[str, Any]]:
+        fields = data.prompt_field, data.completion_field
+        more = {**of_hub, "split": split_name}
+        return read_examples(source, *fields, option, options.task, **more)
+
+    found = {"data": read(data.data, "data", data.dataset_train_split)}
+    if data.eval_data:
+        found["eval_data"] = read(data.eval_data, "eval_data")
+    elif data.dataset_test_split:
+        found["dataset_test_split"] = read(data.data, "data", data.dataset_test_split)
+    elif data.test_split is not None:
+        parts = split(found["data"], data.test_split, options.training.seed)
+        found = dict(zip(("data", "test_split"), parts, strict=True))
+    return found
+
+
+def _adapter(options: Options, skeleton: Any) -> tuple[AdapterConfig, dict[str, Any]]:
+    """Return the adapter's config and initial tensors; a new adapter has no tensors here."""
+    given, k = options.data.init_adapter, options.adapter.get("k")
+    if given is None:
+        return options.config(), {}
+    settings, tensors = read_adapter(given)
+    if settings.get("peft_type") == "LORA":
+        lora = convert_lora(skeleton, read_lora(given), given, k or 0)
+        return dataclasses.replace(lora.config, template=options.data.template), lora.tensors
+    if k is not None:
+        raise ValueError(f"k: expected none, as init_adapter has its own, got {k}.")
+    from rasa_ext.methods import read_method
+
+    return dataclasses.replace(read_method(settings), template=options.data.template), tensors
+
+
+def _load(options: Options) -> Any:
+    base = options.base
+    more = {"attn_implementation": base.attn_implementation} if base.attn_implementation else {}
+    more |= {"revision": base.model_revision} if base.model_revision != "main" else {}
+    kind = next((n for n in ("load_in_4bit", "load_in_8bit") if getattr(base, n)), "")
+    with working(f"Loading {base.model_name_or_path}"):
+        score = options.task == "reward"
+        model = load_model(base.model_name_or_path, base.dtype, kind, score=score, **more)
+    if model.dtype == torch.float16 and not torch.cuda.is_available():
+        if base.dtype == "float16":
+            raise ValueError("dtype: float16 needs a GPU; on a CPU use float32 or bfloat16.")
+        model = torch.nn.Module.float(model)  # transformers' own refuses quantized models
+    return model
+
+
+def _trainer(
+    options: Options,
+    model: Any,
+    tokenizer: Any,
+    config: AdapterConfig,
+    tensors: Mapping[str, Any],
+    rows: Sequence[list[dict[str, Any]]],
+    marks: bool,
+) -> Any:
+    """Return the task's trainer, over the model with the adapter."""
+    arguments = options.training
+    given: dict[str, Any] = {
+        "train_dataset": dataset(rows[0]),
+        "eval_dataset": dataset(rows[1]) if len(rows) > 1 else None,
+        "processing_class": tokenizer,
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(rasa_)?(rank|groups): ")  # the skeleton gave them
+        if options.task == "sft":
+            plain = "text" in rows[0][0]
+            if plain:  # evaluate and generate read this in the config
+                config = dataclasses.replace(config, template=False)
+            _for_sft(arguments, marks, plain)
+            adapter = as_saved(config) if tensors else config
+            warmup = arguments.warmup_steps
+            trainer = AdapterTrainer(model, arguments, adapter=adapter, warmup=warmup, **given)
+            if tensors:
+                load_tensors_into(
+                    trainer.base_model, config, tensors, str(options.data.init_adapter)
+                )
+            return trainer
+        if options.task in ("grpo", "rloo"):
+            given["reward_funcs"] = _rewards(options)
+        given |= _peft(options, model, config)
+        return trainer_of(TASKS[options.task].kind)(args=arguments, **given)
+
+
+def _for_sft(arguments: Any, marks: bool, plain: bool) -> None:
+    arguments.assistant_only_loss = marks
+    arguments.dataset_text_field = "text"  # whatever the data's fields are named
+    arguments.packing_strategy = "bfd_split" if plain else "bfd"  # bfd cuts longer examples
+    arguments.eval_packing, arguments.prediction_loss_only = False, True
+
+
+def _peft(options: Options, model: Any, config: AdapterConfig) -> dict[str, Any]:
+    """Return the trainer's model and adapter under PEFT, which gives TRL its reference."""
+    given = options.data.init_adapter
+    kind = "SEQ_CLS" if options.task == "reward" else "CAUSAL_LM"
+    if given is None:
+        peft_config = rasa_ext.peft.RasaConfig.of(config, task_type=kind)
+        if why := peft_config.why_not_trained():
+            raise ValueError(f"method: expected one for {options.task}, but {why}.")
+        return {"model": model, "peft_config": peft_config}
+    if read_adapter(given)[0].get("peft_type") == "LORA":
+        return {"model": rasa_ext.peft.import_lora(model, given, options.adapter.get("k") or 0)}
+    peft: Any = importlib.import_module("peft")
+    return {"model": peft.PeftModel.from_pretrained(model, given, is_trainable=True)}
+
+
+def _rewards(options: Options) -> list[Any]:
+    """Return the reward functions by name: TRL's, or those of a module in the working folder."""
+    rewards: Any = importlib.import_module("trl.rewards")
+    known = {name: getattr(rewards, name) for name in rewards.__all__}
+    if "get_soft_overlong_punishment" in known:
+        make = known["get_soft_overlong_punishment"]
+        known["get_soft_overlong_punishment"] = make(1280, 256)  # as TRL's script
+    found: list[Any] = [name for name in [options.rewards.reward_model_name_or_path] if name]
+    for name in options.rewards.reward_funcs or ():
+        module, _, function = name.rpartition(".")
+        if name in known:
+            found.append(known[name])
+            continue
+        if not module:
+            names = f"MODULE.FUNCTION or one of {', '.join(known)}"
+            raise ValueError(f"reward_funcs: expected {names}, got {name!r}.")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            found.append(getattr(importlib.import_module(module), function))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"reward_funcs: {name}: {error}.") from None
+    return found
+
+
+def _show(options: Options, trainer: Any, rows: Sequence[Any], console: Console) -> None:
+    """Print how many rows there are, and the first as the model sees it."""
+    data, names = options.data, list(trainer.counts)
+    learnt = [trainer.train_dataset, trainer.eval_dataset]
+    for name, given, prepared in zip(names, rows, learnt, strict=False):
+        value = getattr(data, name)
+        source = (
+            ", ".join(map(str, value))
+            if isinstance(value, list)
+            else f"--{name.replace('_', '-')} {value}"
+        )
+        text = f"{source}: {trainer.counts[name]}"
+        if options.task == "sft":
+            args = options.training
+            describe_rows(text, len(given), prepared, args.max_length, args.packing, console)
+        else:
+            console.print(f"{text}.", markup=False)
+    seen = set(map(json.dumps, rows[0]))
+    if both := sum(json.dumps(row) in seen for each in rows[1:] for row in each):
+        console.print(f"{both:,} held-out examples are also trained on.", style="yellow")
+    if options.task == "sft":
+        plain = "text" in rows[0][0]
+        show_example(trainer.train_dataset[0], trainer.processing_class, console, plain=plain)
+        return
+    console.print("The first example:", style="dim")
+    for key, value in rows[0][0].items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        console.print(f"  {key}: {text[:400]}", markup=False)
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as YAML writes them."""
+    plain: dict[str, Any] = json.loads(json.dumps(given, default=str))
+    return plain
+
+
+@contextlib.contextmanager
+def reserved(output: Path, record: Path, *, new: bool) -> Iterator[None]:
+    """Keep other runs out of a run's output folder, by a lock on its record.
+
+    After an error that came before the first step, nothing is left there.
+    Raises ValueError if another run has the folder.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with created(output), contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(record.open("x" if new else "a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError):
+            raise ValueError(f"output: another run writes {output}; choose another.") from None
+        try:
+            yield
+        finally:
+            if not record.stat().st_size:
+                record.unlink()
 
 
 def processes() -> int:
@@ -167,7 +418,7 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
+def check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the options, if a checkpoint's run had other options or data.
 
     The checkpoint's steps used its own options, so a run that continues with others would match
@@ -175,9 +426,9 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """
     before = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
     other = [
-        f"{name} ({before.get(name)!r} before, {value!r} now)"
+        f"{name} ({before[name]!r} before, {value!r} now)"
         for name, value in record.items()
-        if name not in _HARMLESS and before.get(name) != value
+        if name in before and before[name] != value
     ]
     if other:
         raise ValueError(
@@ -194,45 +445,7 @@ def _template(path: str) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
-def _check_plan(options: FinetuneOptions) -> None:
-    """Raise ValueError if the adapter does not fit the model, before its weights are loaded."""
-    model = load_skeleton(options.model)
-    config, _ = _adapter(options, model)
-    patch_model(model, config=config)
-    config.callbacks(model)
-
-
-def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Return the adapter's config and initial tensors; a new adapter has no tensors here.
-
-    Only names and shapes of ``model`` are used, so it may be on the meta device.
-    """
-    if options.init_adapter is None:
-        return options.adapter(), {}
-    settings, tensors = read_adapter(options.init_adapter)
-    if settings.get("peft_type") == "LORA":
-        read = read_lora(options.init_adapter)
-        lora = convert_lora(model, read, options.init_adapter, options.k or 0)
-        return dataclasses.replace(lora.config, template=options.template), lora.tensors
-    if options.k is not None:
-        raise ValueError(f"k: expected none, as init_adapter has its own, got {options.k}.")
-    config = read_method(settings)
-    check_loop(config, "init_adapter")
-    return dataclasses.replace(config, template=options.template), tensors
-
-
-def _load(options: FinetuneOptions) -> Any:
-    with working(f"Loading {options.model}"):
-        kind = next((n for n in ("load_in_4bit", "load_in_8bit") if getattr(options, n)), "")
-        model = load_model(options.model, options.dtype, kind)
-    if model.dtype == torch.float16 and not torch.cuda.is_available():
-        if options.dtype == "float16":
-            raise ValueError("dtype: float16 needs a GPU; on a CPU use float32 or bfloat16.")
-        model = torch.nn.Module.float(model)  # transformers' own refuses quantized models
-    return model
-
-
-def _describe_adapter(model: Any, console: Console) -> int:
+def describe_adapter(model: Any, console: Console) -> int:
     """Print and return the number of trainable parameters."""
     report = summary(model)
     console.print(
@@ -242,96 +455,19 @@ def _describe_adapter(model: Any, console: Console) -> int:
     return report.trainable
 
 
-def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = False) -> SFTConfig:
-    kinds = [kind.value for kind in SchedulerType]
-    checked_choice("lr_scheduler_type", options.lr_scheduler_type, kinds)
-    evaluate = bool(options.eval_data or options.test_split)
-    usual = {
-        "optim": "adamw_torch",
-        "per_device_eval_batch_size": 2 * options.batch_size,  # no activations are stored
-        "save_total_limit": 2,
-        "report_to": [],
-        "log_level_replica": "error",  # as the first process has it
-        "packing_strategy": "bfd_split" if plain else "bfd",  # bfd cuts longer examples
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    if processes() > 1 and not torch.accelerator.is_available():
-        usual |= {"use_cpu": True, "ddp_backend": "gloo"}  # or each process would train alone
-    given = parse_yaml("training_arguments", options.training_arguments)
-    if (best := given.get("load_best_model_at_end")) and not evaluate:
-        raise ValueError("training_arguments: load_best_model_at_end: expected eval_data with it.")
-    ours: dict[str, Any] = {
-        "output_dir": options.output,
-        "max_steps": -1 if options.max_steps is None else options.max_steps,
-        "num_train_epochs": options.epochs,
-        "per_device_train_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.grad_accum,
-        "learning_rate": options.lr,
-        "lr_scheduler_type": options.lr_scheduler_type,
-        "weight_decay": options.weight_decay,
-        "max_length": options.seq_len,
-        "packing": options.packing,
-        "eval_packing": False,
-        "assistant_only_loss": marks,
-        "dataset_text_field": "text",  # whatever the data's fields are named
-        "model_init_kwargs": None,  # the model is loaded before
-        # Compute in the base's dtype; TRL's default is bfloat16.
-        "bf16": False,
-        "fp16": fp16,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "seed": options.seed,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "non_padding",
-        "eval_strategy": "steps" if evaluate else "no",
-        # Below 1 it is a share of the steps; 1 - 1e-9 evaluates only after the last step.
-        "eval_steps": options.eval_steps or (options.save_steps if best else 1 - 1e-9),
-        "eval_on_start": evaluate and not options.resume,
-        "prediction_loss_only": True,
-        "save_strategy": "steps",
-        "save_steps": options.save_steps,
-        "disable_tqdm": True,
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-    for name, value in given.items():
-        if name in ours:
-            raise ValueError(f"training_arguments: {name} is set by the command.")
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ValueError(f"training_arguments: SFTConfig has no {name}{hint}")
-        if isinstance(defaults[name], int | float) and isinstance(value, str):
-            raise ValueError(f"training_arguments: {name}: expected a number, got {value!r}.")
-    try:
-        arguments = SFTConfig(**{**usual, **given, **ours})
-    except (ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"training_arguments: {error}") from error
-    available = get_available_reporting_integrations()
-    if missing := set(arguments.report_to) - {*available}:
-        there, names = ", ".join(available) or "none is", ", ".join(missing)
-        raise ValueError(f"training_arguments: report_to: {there} installed, pip install {names}.")
-    if arguments.activation_offloading and not torch.cuda.is_available():
-        raise ValueError("training_arguments: activation_offloading: expected a GPU, got none.")
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # with more, DataParallel would copy the model in every step
-    return arguments
-
-
 def describe_rows(
-    counts: str, given: int, prepared: Any, options: FinetuneOptions, console: Console
+    counts: str, given: int, prepared: Any, length: int, packing: bool, console: Console
 ) -> None:
     """Print the number of tokens with a loss, and of examples that were omitted or cut.
 
     Raises DataError if no example is left.
     """
-    length = options.seq_len
     if not len(prepared):
         what = f"has a completion token within {length} tokens"
         raise DataError(f"seq_len: none of the {given} examples {what}; raise --seq-len.")
     labels = prepared["labels"]
     learnt = sum(label != IGNORE for row in labels for label in row)
-    packed = options.packing and len(prepared) < given
+    packed = packing and len(prepared) < given
     rows = f" in {len(prepared):,} rows" if packed else ""
     console.print(f"{counts}{rows}, {learnt:,} tokens to learn.")
     dropped, cut = given - len(prepared), sum(len(row) == length for row in labels)

@@ -187,6 +187,18 @@ class RasaConfig(PeftConfig):
         check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    @classmethod
+    def of(cls, config: AdapterConfig, **more: Any) -> RasaConfig:
+        """Return PEFT's config for one of ``rasa_ext.methods``; ``more`` are PEFT's own fields."""
+        fields = {field.name for field in dataclasses.fields(config)}
+        names = {name: core for name, core in _CORE_NAMES.items() if core in fields}
+        given: dict[str, Any] = {name: getattr(config, core) for name, core in names.items()}
+        for name in ("modules_to_save", "exclude_modules", "target_modules"):
+            if isinstance(given[name], tuple):  # PEFT extends lists
+                given[name] = list(given[name]) or None
+        options = {name: getattr(config, name) for name in _options(type(config))}
+        return cls(rasa_method=config.method, **given, rasa_options=options or None, **more)
+
     def why_not_trained(self) -> str:
         """Return why PEFT cannot train the method, or "" if it can. It can read every method."""
         method = methods.method_named(self.rasa_method, "rasa_method")

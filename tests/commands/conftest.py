@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rasa_ext.commands.options import FinetuneOptions
-from tests.helpers.finetuning import small_options
+from tests.helpers.finetuning import Given, small_options
 from tests.helpers.tiny_lm import save_base, sums, write_jsonl
 
 
@@ -38,6 +37,6 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def options(base, files, tmp_path) -> FinetuneOptions:
+def options(base, files, tmp_path) -> Given:
     # 22 rows in batches of 2, two per step: the sixth step of an epoch has a single batch.
     return small_options(base, files, tmp_path / "out", max_steps=9, grad_accum=2, dtype="float32")

@@ -18,7 +18,6 @@ from trl import SFTConfig
 
 from rasa_ext.commands import data
 from rasa_ext.commands.data import DataError, read_examples
-from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
 from rasa_ext.commands.training import CLOSE, OPEN, describe_rows, marked, show_example
 from tests.helpers.tiny_lm import CHATML, make_model, make_tokenizer, sums, write_jsonl
@@ -151,10 +150,10 @@ def test_templates_that_refuse_say_so_and_messages_need_one():
         data.rows_for_sft([[messages(USER, FOUR)]], make_tokenizer(), False)
 
 
-def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
+def said(rows, given: int, seq_len: int, packing: bool = False) -> str:
     text = io.StringIO()
-    settings = FinetuneOptions("m", "d", output=str(directory), seq_len=seq_len, **options)
-    describe_rows(f"d: {given} examples", given, rows, settings, Console(file=text, width=200))
+    console = Console(file=text, width=200)
+    describe_rows(f"d: {given} examples", given, rows, seq_len, packing, console)
     return text.getvalue()
 
 
@@ -168,13 +167,13 @@ def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path)
     assert rows[0]["input_ids"] == whole["input_ids"][:cut]
     assert rows[0]["labels"] == whole["labels"][:cut]
     count = sum(label != IGNORE for label in whole["labels"][:cut])
-    text = said(rows, 2, cut, tmp_path)
+    text = said(rows, 2, cut)
     assert f"2 examples, {count} tokens to learn" in text
     assert f"--seq-len {cut}: 1 examples have no completion token" in text
     assert "1 more reach it and may be cut" in text
     rows = prepared(examples[1:], tokenizer, tmp_path, template=False, max_length=5)
     with pytest.raises(DataError, match=r"seq_len: none of the 1 examples .* within 5 tokens"):
-        said(rows, 1, 5, tmp_path)
+        said(rows, 1, 5)
 
 
 def test_the_first_example_is_shown_with_its_trained_part_marked(tmp_path):
@@ -225,7 +224,7 @@ def test_a_packed_example_sees_only_itself(tmp_path):
         batch = made.data_collator(list(made.train_dataset))
         losses.append(made.compute_loss(made.model, batch).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    text = said(packed.train_dataset, 6, 128, tmp_path, packing=True)
+    text = said(packed.train_dataset, 6, 128, packing=True)
     assert f"6 examples in {len(packed.train_dataset)} rows" in text
 
 
@@ -253,7 +252,7 @@ WRONG_LINES = {
     '{"prompt": "a"}': ": expected the key 'completion', got 'prompt'; --prompt-field",
     '{"text": "a", "prompt": "b"}': ": expected the key 'completion', got 'text', 'prompt'; ",
     '{"prompt": "a", "completoin": "b"}': ": expected the key 'completion', got 'completoin'; ren",
-    '{"prompt": "a", "chosen": "b"}': "'rejected', which are for `rasa-ext trl dpo`.",
+    '{"prompt": "a", "chosen": "b"}': "'rejected', which are for `rasa-ext dpo`.",
     '{"instruction": "a", "output": "b"}': "got Alpaca's; pass --prompt-field instruction,",
     json.dumps(USER): ": expected the key 'prompt', got 'role', 'content'; --prompt-field",
     '{"prompt": "a", "completion": 3}': ", 'completion': expected text, got 3.",

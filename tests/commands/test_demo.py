@@ -19,6 +19,7 @@ from rasa_ext.commands.data import read_examples
 from rasa_ext.commands.models import HUB_NAME, load_model, resolve
 from rasa_ext.commands.problems import LARGEST, SCENES, make_problems, scenes_of, split_of
 from tests.helpers import oracle
+from tests.helpers.finetuning import read_result
 from tests.helpers.tiny_lm import save_base
 
 TINY = demo.DemoSize(steps=3, batch_size=4, held_out=5, lr=1e-2, max_new_tokens=4)
@@ -44,7 +45,7 @@ def test_the_whole_course(tiny_base, tmp_path, monkeypatch):
     plain = AutoModelForCausalLM.from_pretrained(out / "merged")
     error = oracle.rounding(plain, lambda model: model(torch.arange(64).view(1, 64)).logits)
     assert off <= 8 * error
-    summary = json.loads((out / "adapter" / "summary.json").read_text())
+    summary = read_result(out / "adapter")
     assert summary["eval_loss"] < summary["eval_loss_before"] - 0.1
     lora = json.loads((out / "lora" / "adapter_config.json").read_text())
     assert lora["r"] == 8 - 1 + 2 * 1

@@ -1,6 +1,5 @@
 """The commands evaluate and generate for adapters, merged models and bases."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import rasa_ext
 from rasa_ext.commands import generate, measuring
 from rasa_ext.commands.app import app
 from rasa_ext.commands.measuring import by_pattern
-from rasa_ext.commands.options import trained_with_template
+from rasa_ext.commands.paths import trained_with_template
 from tests.helpers.cli import invoke, load
+from tests.helpers.finetuning import read_result
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
 
@@ -73,7 +73,7 @@ def test_conversations_without_a_template_are_asked_alike_in_every_form(tmp_path
 
 
 def summary(folder: Path, name: str) -> dict:
-    return json.loads((folder / name / "summary.json").read_text())
+    return read_result(folder / name)
 
 
 def test_losses_are_those_of_finetune_whatever_the_form(folder, monkeypatch):

@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from rasa_ext.commands.models import load_model, load_tokenizer
-from rasa_ext.commands.options import FinetuneOptions
 from tests.helpers import oracle
 from tests.helpers.adapters import content, patched
 from tests.helpers.cli import invoke, load, logits, save_lora
-from tests.helpers.finetuning import assert_same_runs, interrupted, losses, run
+from tests.helpers.finetuning import Given, assert_same_runs, interrupted, losses, run
 from tests.helpers.tiny_lm import CHATML, make_tokenizer, save_base, sums, write_jsonl
 
 STILL = 1e-30  # a learning rate that changes nothing
@@ -40,16 +39,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def options(folder, tmp_path) -> FinetuneOptions:
-    return FinetuneOptions(
-        model=str(folder / "base"),
-        data=str(folder / "train.jsonl"),
-        output=str(tmp_path / "out"),
-        lr=1e-2,
-        max_steps=4,
-        batch_size=4,
-        dtype="float32",
-    )
+def options(folder, tmp_path) -> Given:
+    return {
+        "model": str(folder / "base"),
+        "data": str(folder / "train.jsonl"),
+        "output": str(tmp_path / "out"),
+        "lr": 1e-2,
+        "max_steps": 4,
+        "batch_size": 4,
+        "dtype": "float32",
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,12 +69,12 @@ def test_an_adapter_is_trained_on_from_what_it_computes(name, k, said, folder, o
     error = oracle.rounding(dense, logits)
     text = run(options, init_adapter=str(start), k=k, lr=STILL, max_steps=1)[1]
     assert f"Starting from {start}: {said}." in text
-    model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
+    model = rasa_ext.load_adapter(load(folder / "base"), options["output"]).eval()
     oracle.assert_close(logits(model), expected, error)
     _, again = run(options, init_adapter=str(start), k=k, overwrite=True)
-    assert losses(options.output)[-1][1] < losses(options.output)[0][1]
+    assert losses(options["output"])[-1][1] < losses(options["output"])[0][1]
     assert said in again
-    model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
+    model = rasa_ext.load_adapter(load(folder / "base"), options["output"]).eval()
     assert (logits(model) - expected).abs().max() > 0.01
 
 
@@ -85,23 +84,23 @@ def test_an_adapter_is_trained_on_with_its_own_chat_template(folder, options, tm
     make_tokenizer(template).save_pretrained(start)
     text = run(options, init_adapter=str(start), max_steps=1)[1]
     assert "<|turn|>user" in text
-    assert load_tokenizer(options.output).chat_template == template
+    assert load_tokenizer(options["output"]).chat_template == template
 
 
 def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path):
     start = {"init_adapter": str(folder / "rasa")}
     run(options, **start, output=str(tmp_path / "whole"))
     interrupted(2, options, **start)
-    record = yaml.safe_load((Path(options.output) / "finetune.yaml").read_text())
+    record = yaml.safe_load((Path(options["output"]) / "options.yaml").read_text())
     assert record["init_adapter"] == start["init_adapter"]
     assert not {"rank", "method", "target_modules"} & record.keys()
     with pytest.raises(ValueError, match=r"resume: .* init_adapter \('\S+rasa' before, '\S+lora' "):
         run(options, init_adapter=str(folder / "lora"), resume=True)
     with pytest.raises(ValueError, match=r"resume: .* init_adapter \('\S+rasa' before, None now\)"):
         run(options, resume=True)
-    invoke("finetune", "--config", Path(options.output) / "finetune.yaml", "--resume")
-    assert_same_runs(options.output, tmp_path / "whole")
-    card = (Path(options.output) / "README.md").read_text()
+    invoke("finetune", "--config", Path(options["output"]) / "options.yaml", "--resume")
+    assert_same_runs(options["output"], tmp_path / "whole")
+    card = (Path(options["output"]) / "README.md").read_text()
     assert "| init_adapter | `rasa` |" in card
     assert str(folder) not in card
     assert "| target_modules |" not in card  # only a new adapter has this option
@@ -121,7 +120,7 @@ def test_options_that_an_adapter_has_of_its_own(change, message, folder, options
     monkeypatch.chdir(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(options, **{"init_adapter": "rasa", **change})
-    assert not Path(options.output).exists()
+    assert not Path(options["output"]).exists()
 
 
 def test_an_adapter_of_another_model_is_refused(folder, options, tmp_path):
@@ -134,23 +133,23 @@ def test_an_adapter_of_another_model_is_refused(folder, options, tmp_path):
 def test_an_adapter_in_place_of_a_model_names_the_option_for_it(folder):
     message = f"pass the adapter's base .* pass the base and `--init-adapter {folder / 'rasa'}` to"
     with pytest.raises(ValueError, match=message):
-        FinetuneOptions(str(folder / "rasa"), "d")
+        run({"model": str(folder / "rasa"), "data": "d"})
 
 
 def test_modules_are_left_out_or_trained_in_full(options):
     text = run(options, exclude_modules="mlp.up_proj, o_proj", modules_to_save="norm, lm_head")[1]
-    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    stored = load_file(Path(options["output"]) / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in stored if ".rasa_" in name} == {
         *("q_proj", "k_proj", "v_proj", "gate_proj", "down_proj")
     }
-    base = load(Path(options.model))
+    base = load(Path(options["model"]))
     for name in ("model.norm.weight", "lm_head.weight"):
         change = stored[f"base_model.model.{name}"] - base.get_parameter(name)
         assert change.abs().max() > 1e-3
     total = sum(tensor.numel() for tensor in stored.values())
     assert f"{total:,} of " in text
     run(options, exclude_modules=r"regex:.*layers\.0\..*", overwrite=True, max_steps=1)
-    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    stored = load_file(Path(options["output"]) / "adapter_model.safetensors")
     assert not [name for name in stored if "layers.0." in name]
 
 
@@ -159,7 +158,7 @@ def test_ranks_of_single_layers_come_from_a_file(nested, options, tmp_path):
     ranks, file = {"0.self_attn.q_proj": 5, "up_proj": 3}, tmp_path / "ranks.json"
     file.write_text(json.dumps({"k": 1, "rank_pattern": ranks} if nested else ranks))
     run(options, rank=4, k=1, rank_pattern=str(file), max_steps=1)
-    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    stored = load_file(Path(options["output"]) / "adapter_model.safetensors")
     private = {name.split("layers.")[1]: len(A) for name, A in stored.items() if "rasa_A" in name}
     assert private["0.self_attn.q_proj.rasa_A"] == 4
     assert private["1.self_attn.q_proj.rasa_A"] == 3
@@ -174,15 +173,15 @@ def test_a_base_in_fewer_bits(kind, options, folder, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match="load_in_4bit: needs bitsandbytes: pip install"):
                 run(options, **{kind: True})
     run(options, **{kind: True})
-    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    stored = load_file(Path(options["output"]) / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
-    quantized = losses(options.output)
+    quantized = losses(options["output"])
     assert quantized[-1][1] < quantized[0][1]
     run(options, output=str(tmp_path / "whole"))
     assert quantized[0][1] != losses(tmp_path / "whole")[0][1]
     assert quantized[0][1] == pytest.approx(losses(tmp_path / "whole")[0][1], rel=0.05)
-    invoke("merge", options.output, "--output", tmp_path / "merged")
-    with pytest.raises(ValueError, match=re.escape(f"resume: the run of {options.output}")):
+    invoke("merge", options["output"], "--output", tmp_path / "merged")
+    with pytest.raises(ValueError, match=re.escape(f"resume: the run of {options['output']}")):
         run(options, resume=True)
 
 

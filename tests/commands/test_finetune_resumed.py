@@ -1,6 +1,5 @@
 """finetune: runs that stop, resume from the newest whole checkpoint, or replace others."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -16,16 +15,19 @@ import yaml
 from rich.console import Console
 
 import rasa_ext
-from rasa_ext.commands import callbacks
+from rasa_ext.commands import callbacks, training
 from rasa_ext.commands.checkpoints import newest_whole
-from rasa_ext.commands.options import FinetuneOptions, reserved
+from rasa_ext.commands.training import check_output, reserved
 from tests.helpers.adapters import content
 from tests.helpers.cli import invoke
 from tests.helpers.finetuning import (
+    Given,
     assert_same_runs,
     checkpoints_in,
     losses,
-    read_metrics,
+    parsed,
+    read_log,
+    read_result,
     run,
     small_options,
 )
@@ -34,26 +36,23 @@ from tests.helpers.tiny_lm import make_model, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
+def uninterrupted(base, files, tmp_path_factory) -> Given:
     """A run of 60 steps with the options that `command_stopped` uses."""
     options = small_options(base, files, tmp_path_factory.mktemp("uninterrupted"), max_steps=60)
     run(options)
     return options
 
 
-def command_stopped(
-    python: Path, options: FinetuneOptions, number: signal.Signals
-) -> tuple[int, str]:
+def command_stopped(python: Path, options: Given, number: signal.Signals) -> tuple[int, str]:
     """Run the command, signal it after its second checkpoint; return exit code and output."""
-    config = Path(options.output).with_suffix(".yaml")
-    config.write_text(json.dumps(options.to_dict()))  # JSON is YAML
-    metrics = Path(options.output) / "metrics.jsonl"
-    command = [python, "-c", "from rasa_ext.commands import main; main()", "finetune"]
+    config = Path(options["output"]).with_suffix(".yaml")
+    config.write_text(json.dumps(options))  # JSON is YAML
+    command = [python, "-c", "from rasa_ext.commands import main; main()", "sft"]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, "--config", str(config)], **piped)
     try:
         deadline = time.monotonic() + 240
-        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 13):
+        while len(checkpoints_in(Path(options["output"]))) < 2:
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -67,26 +66,20 @@ def command_stopped(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path, forked_python):
     output = tmp_path / "out"
-    options = dataclasses.replace(uninterrupted, output=str(output))
+    options = {**uninterrupted, "output": str(output)}
     code, text = command_stopped(forked_python, options, number)
-    stopped_at = losses(output)[-1][0]
+    stopped_at = checkpoints_in(output)[-1][0]
     assert 12 <= stopped_at < 60, "it was not stopped in between"
-    resume = f"--config {output / 'finetune.yaml'} --resume"
+    resume = f"--config {output / 'options.yaml'} --resume"
     if number == signal.SIGINT:
         assert code == 130, text
-        assert checkpoints_in(output)[-1][0] == stopped_at
-        assert f"rasa-ext finetune {resume}" in text
+        assert losses(output)[-1][0] == stopped_at
+        assert f"rasa-ext sft {resume}" in text
     else:
         assert code == -signal.SIGKILL
-        assert checkpoints_in(output)[-1][0] < stopped_at
 
     invoke("finetune", *resume.split())
-    assert_same_runs(output, uninterrupted.output)
-    rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))  # both runs
-    tokens = sum(row["tokens"] for row in rows)
-    assert summary["tokens_per_s"] == pytest.approx(tokens / summary["seconds"])
+    assert_same_runs(output, uninterrupted["output"])
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -112,7 +105,7 @@ def test_output_and_resume_guard_each_other(options):
 
 
 def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(options):
-    output = options.output
+    output = options["output"]
     make_model().save_pretrained(output)
     before = content(Path(output))
     with pytest.raises(ValueError, match=f"output: .*{output} holds files; pass --overwrite"):
@@ -125,52 +118,50 @@ def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(options):
 
 def test_a_folder_is_of_one_run_at_a_time(options):
     """The second is refused at its start, also if it would replace or continue the first."""
-    output = Path(options.output)
-    options = dataclasses.replace(options)
-    replacing = dataclasses.replace(options, overwrite=True)
-    with reserved(options):
+    output = Path(options["output"])
+    record = output / "options.yaml"
+    with reserved(output, record, new=True):
         with pytest.raises(ValueError, match=f"output: .*{output} holds files"):
-            dataclasses.replace(options)
-        for second in (options, replacing):
+            check_output(parsed(options))
+        for new in (True, False):
             refused = pytest.raises(ValueError, match=f"output: another run writes {output}")
-            with refused, reserved(second):
+            with refused, reserved(output, record, new=new):
                 pytest.fail("a second run began")
     run(options, max_steps=2)
     before = content(output)
-    with reserved(replacing):
-        resumed = dataclasses.replace(options, resume=True)
-        with pytest.raises(ValueError, match="another run"), reserved(resumed):
-            pytest.fail("a second run began")
+    refused = pytest.raises(ValueError, match="another run")
+    with reserved(output, record, new=False), refused, reserved(output, record, new=False):
+        pytest.fail("a second run began")
     assert content(output) == before
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_no_folder(options, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}")
-    words = ["finetune", "--model", options.model, "--data", bad, "--output", options.output]
+    words = ["finetune", "--model", options["model"], "--data", bad, "--output", options["output"]]
     assert "bad.jsonl, line 1: expected the key 'prompt'" in invoke(*words, code=1)
-    assert not Path(options.output).exists()
+    assert not Path(options["output"]).exists()
 
 
 def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
     run(options, max_steps=5)
     run(options, max_steps=2, overwrite=True)
-    assert [step for step, _ in checkpoints_in(Path(options.output))] == [1, 2]
-    assert [row[0] for row in losses(options.output)] == [1, 2]
-    record = (Path(options.output) / "finetune.yaml").read_text()
+    assert [step for step, _ in checkpoints_in(Path(options["output"]))] == [1, 2]
+    assert [row[0] for row in losses(options["output"])] == [1, 2]
+    record = (Path(options["output"]) / "options.yaml").read_text()
     assert "overwrite" not in record  # or --config would replace it once more
 
 
 def test_resuming_a_complete_run_changes_nothing(options, tmp_path):
     """Nor does an option on which no step depends, or another folder."""
     run(options, max_steps=3)
-    before = content(Path(options.output))
+    before = content(Path(options["output"]))
     result, text = run(options, max_steps=3, resume=True)
     assert "is complete: 3 steps" in text
     assert result["step"] == 3
-    after = content(Path(options.output))
-    assert all(after[name] == before[name] for name in before if "summary" not in name)
-    moved = str(Path(options.output).rename(tmp_path / "moved"))
+    after = content(Path(options["output"]))
+    assert all(after[name] == before[name] for name in before if "results" not in name)
+    moved = str(Path(options["output"]).rename(tmp_path / "moved"))
     text = run(options, max_steps=3, output=moved, gradient_checkpointing=True, resume=True)[1]
     assert "is complete: 3 steps" in text
 
@@ -178,7 +169,7 @@ def test_resuming_a_complete_run_changes_nothing(options, tmp_path):
 def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, monkeypatch):
     """Resuming with changed options is refused, and the output stays unchanged."""
     run(options, max_steps=3)
-    before = content(Path(options.output))
+    before = content(Path(options["output"]))
     changes = {
         "lr": 1e-4,
         "max_steps": 5,  # the learning rate depends on the number of steps
@@ -186,18 +177,18 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
         "dropout": 0.0,
         "seq_len": 512,
         "template": False,
-        "eval_data": [str(files / "test.jsonl")],
-        "data": [str(files / "test.jsonl")],
+        "data": str(files / "test.jsonl"),
     }
     for name, value in changes.items():
-        old = {**options.to_dict(), "max_steps": 3}[name]
+        old = parsed(options | {"max_steps": 3}).values[name]
+        value = [value] if name == "data" else value
         told = f"{name} ({old!r} before, {value!r} now)"
         with pytest.raises(ValueError, match=f"resume: .*{re.escape(told)}"):
             run(options, **{"max_steps": 3, name: value}, resume=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(training, "processes", lambda: 2)
     with pytest.raises(ValueError, match=r"processes \(1 before, 2 now\)"):
         run(options, max_steps=3, resume=True)
-    assert content(Path(options.output)) == before
+    assert content(Path(options["output"])) == before
 
 
 FSDP2 = {
@@ -219,14 +210,15 @@ def test_two_processes_train_as_one_and_write_once(
     given = {name: str(write_jsonl(tmp_path / name, each)) for name, each in files.items()}
     given |= {"model": str(base), "rank": 4, "lr": 1e-2, "epochs": 2, "dtype": "float32"}
     one, two = (str(tmp_path / name) for name in ("one", "two"))
-    result, _ = run(FinetuneOptions(**given, batch_size=4, output=one))
+    result, _ = run({**given, "batch_size": 4, "output": one})
     text = yaml.safe_dump({**given, "batch_size": 2, "output": two})
     (tmp_path / "options.yaml").write_text(text)
     text = torchrun(forked_python, "finetune.py", tmp_path)
     assert text.count("step 2/2") == 1
-    assert [row["step"] for row in read_metrics(Path(two) / "metrics.jsonl")] == [0, 1, 2, 2]
+    steps = [row["step"] for row in read_log(two) if "train_loss" not in row]
+    assert steps == [0, 1, 2, 2]
     assert losses(two) == [pytest.approx(row, rel=1e-4) for row in losses(one)]
-    again = json.loads((Path(two) / "summary.json").read_text())
+    again = read_result(two)
     for name in ("eval_loss_before", "eval_loss"):
         assert again[name] == pytest.approx(result[name], rel=1e-4)
     rasa_ext.load_adapter(make_model(), two)
@@ -238,13 +230,13 @@ def test_an_interrupt_of_one_process_stops_both_after_the_same_step(
     options = small_options(
         base, files, tmp_path / "out", max_steps=8, dtype="float32", save_steps=6
     )
-    (tmp_path / "options.yaml").write_text(json.dumps(options.to_dict()))
+    (tmp_path / "options.yaml").write_text(json.dumps(options))
     monkeypatch.setenv("INTERRUPT_AFTER", "3")
     with pytest.raises(AssertionError, match="exitcode  : 130") as stopped:
         torchrun(forked_python, "finetune.py", tmp_path)
     assert "Stopped after step 3 of 8. Continue in 2 processes with:" in str(stopped.value)
     assert [step for step, _ in checkpoints_in(tmp_path / "out")] == [3]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
+    assert read_result(tmp_path / "out")["interrupted"]
 
 
 def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):

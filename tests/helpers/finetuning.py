@@ -1,7 +1,6 @@
 """Fine-tune with any method, interrupt runs, read their logs, compare them."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
@@ -17,32 +16,51 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rasa_ext.commands import callbacks
-from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.options import Options, parse
 from rasa_ext.commands.training import train
 from rasa_ext.methods import AdapterConfig
 
-KNOWN: dict[str, tuple[dict, AdapterConfig | None]] = {}
-"""Options of finetune and the config that they mean, by case; each test module adds its own."""
+Given = dict[str, Any]
+"""Options of a run by name."""
+KNOWN: dict[str, tuple[Given, AdapterConfig | None]] = {}
+"""Options of a run and the config that they mean, by case; each test module adds its own."""
 
 
-def run(options: FinetuneOptions, given: Any = None, **changes: Any) -> tuple[dict[str, Any], str]:
+def parsed(options: Given, task: str = "sft") -> Options:
+    """Parse options as a command line; a list's values follow the name."""
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return parse(task, words)
+
+
+def run(options: Given, given: Any = None, **changes: Any) -> tuple[dict[str, Any], str]:
     """Fine-tune, and return the run's figures and printed text.
 
     ``given`` replaces the model that the run would load.
     """
-    text, options = io.StringIO(), dataclasses.replace(options, **changes)
-    result = train(options, Console(file=text, width=200), model=given)
+    text = io.StringIO()
+    result = train(parsed(options | changes), Console(file=text, width=200), model=given)
     return result, text.getvalue()
 
 
-def small_options(base: Path, files: Path, output: Path, **more: Any) -> FinetuneOptions:
+def small_options(base: Path, files: Path, output: Path, **more: Any) -> Given:
     """Return options of a run with dropout over the fixtures ``base`` and ``files``."""
     given = {"model": str(base), "data": str(files / "train.jsonl"), "output": str(output)}
-    return FinetuneOptions(**given, rank=4, dropout=0.1, lr=3e-3, batch_size=2, **more)
+    return {**given, "rank": 4, "dropout": 0.1, "lr": 3e-3, "batch_size": 2, **more}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of Trainer's log."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    return state["log_history"]
+
+
+def read_result(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / "all_results.json").read_text())
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
@@ -53,9 +71,8 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
 
 def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
     """Return step, loss, learning rate and gradient norm of every step."""
-    rows = read_metrics(Path(directory) / "metrics.jsonl")
-    names = ("step", "loss", "lr", "grad_norm")
-    return [tuple(row[name] for name in names) for row in rows if "loss" in row]
+    names = ("step", "loss", "learning_rate", "grad_norm")
+    return [tuple(row[name] for name in names) for row in read_log(directory) if "loss" in row]
 
 
 @contextlib.contextmanager
@@ -72,7 +89,7 @@ def interrupting(stop_at: int) -> Iterator[None]:
         yield
 
 
-def interrupted(stop_at: int, options: FinetuneOptions, **changes: Any):
+def interrupted(stop_at: int, options: Given, **changes: Any):
     """Call `run` with a Ctrl-C at the end of step ``stop_at``."""
     with interrupting(stop_at):
         return run(options, **changes)
@@ -86,14 +103,9 @@ def assert_same_runs(one: str | Path, two: str | Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def more(text: str) -> dict:
-    """Return the option for other fields of the method's config."""
-    return {"method_options": text}
-
-
-def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
+def options_of(common: Given, name: str, output: Path, **changes) -> Given:
     method = {"method": name.partition(",")[0], "output": str(output)}
-    return FinetuneOptions(**{**common, **method, **KNOWN[name][0], **changes})
+    return {**common, **method, **KNOWN[name][0], **changes}
 
 
 def check_refused(common, name: str, changes: dict, message: str, output: Path) -> None:

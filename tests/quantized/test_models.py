@@ -15,11 +15,11 @@ import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.commands import training
 from rasa_ext.commands.models import load_model
-from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.paths import ModelError
 from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, patched
+from tests.helpers.finetuning import parsed
 from tests.helpers.layouts import dense, packed_model
 from tests.helpers.quantized import TOKENS, logits, make_model, off
 from tests.helpers.trainers import train_by_sft
@@ -156,7 +156,8 @@ def test_a_half_precision_base_is_widened_on_a_cpu(tmp_path):
     make_model().half().save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}')
-    options = FinetuneOptions(model=str(tmp_path), data=str(rows), load_in_8bit=True)
+    given = {"model": str(tmp_path), "data": str(rows), "load_in_8bit": "true"}
+    options = parsed({**given, "output": str(tmp_path / "out")})
     found = training._load(options)
     assert found.dtype == torch.float32
     assert format_of(found.model.layers[0].mlp.up_proj) is not None

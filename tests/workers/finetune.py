@@ -33,7 +33,7 @@ def sharding() -> None:
 if __name__ == "__main__":
     second = os.environ["RANK"] == "1"
     stop_at = int(os.environ.get("INTERRUPT_AFTER", "0")) if second else 0  # no step is 0
-    sys.argv = ["rasa-ext", "finetune", "--config", f"{sys.argv[1]}/options.yaml"]
+    sys.argv = ["rasa-ext", "sft", "--config", f"{sys.argv[1]}/options.yaml"]
     if "FSDP_VERSION" in os.environ:
         sharding()
     try:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from rasa_research import methods
-from tests.helpers.finetuning import more
 
-SMALL = more("gate_threshold: 1e-3")
+SMALL = {"gate_threshold": 1e-3}
 GATED = {
     "gated-rasa": (SMALL, methods.GatedRasaConfig(4, 1, gate_threshold=1e-3)),
     "sora": (SMALL, methods.SoraConfig(4, alpha=8.0, gate_threshold=1e-3)),

@@ -15,7 +15,7 @@ from tests.commands.test_finetune_methods import (  # noqa: F401 - tests, run he
     test_it_trains_what_the_method_trains,
 )
 from tests.helpers.cli import invoke
-from tests.helpers.finetuning import KNOWN, check_refused, more, options_of, run
+from tests.helpers.finetuning import KNOWN, check_refused, options_of, run
 from tests.helpers.methods import rasa_linears
 from tests.helpers.tiny_lm import make_model
 
@@ -35,18 +35,18 @@ def resumed(request) -> str:
 @pytest.fixture
 def another() -> tuple:
     said = "method_options ('gate_threshold: 1e-3' before, 'gate_threshold: 2e-3' now)"
-    return "gated-rasa", more("gate_threshold: 2e-3"), said
+    return "gated-rasa", {"gate_threshold": 2e-3}, said
 
 
 def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):
     """Pruning changes no output; the training has every rank and the pruned adapter fewer."""
-    large = f"gate_threshold: {0.2 if name == 'gated-rasa' else 0.4}"
-    whole = options_of(common, name, tmp_path / "whole", max_steps=6, **more(large))
+    large = {"gate_threshold": 0.2 if name == "gated-rasa" else 0.4}
+    whole = options_of(common, name, tmp_path / "whole", max_steps=6, **large)
     result, _ = run(whole)
     text = capsys.readouterr().out
     left, every = map(int, re.search(r"(\d+) of (\d+) gates are open\.", text).groups())
     assert left < every
-    options = more(f"{large}, prune: true")
+    options = {**large, "prune": "true"}
     pruned = options_of(common, name, tmp_path / "pruned", max_steps=6, **options)
     run(pruned)
     text = capsys.readouterr().out
@@ -60,12 +60,12 @@ def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):
     assert result["trainable"] > rasa_ext.summary(models[1]).adapter
     run(pruned, resume=True)  # a finished run is pruned again
     assert f"rank is {after}, from {before}" in capsys.readouterr().out
-    again = rasa_ext.load_adapter(make_model(), pruned.output)
+    again = rasa_ext.load_adapter(make_model(), pruned["output"])
     assert torch.equal(again(ids).logits, models[1](ids).logits)
 
 
 def test_closed_altogether(common, tmp_path, capsys):
-    run(options_of(common, "sora", tmp_path, **more("gate_threshold: 100.0, prune: true")))
+    run(options_of(common, "sora", tmp_path, **{"gate_threshold": 100.0, "prune": "true"}))
     said = "0 of 56 gates are open; without the others the effective rank is 0, from 4."
     assert said in capsys.readouterr().out
     model = rasa_ext.load_adapter(make_model(), tmp_path).eval()
@@ -76,14 +76,14 @@ def test_closed_altogether(common, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sora", more(""), "gate_threshold: expected a number with the method 'sora'"),
-        ("sora", more("prune: true"), "gate_threshold: expected a number with the method 'sora'"),
-        ("sora", more("gate_threshold: -1"), "gate_threshold: expected a finite number >= 0"),
+        ("sora", {}, "gate_threshold: expected a number with the method 'sora'"),
+        ("sora", {"prune": "true"}, "gate_threshold: expected a number with the method 'sora'"),
+        ("sora", {"gate_threshold": -1}, "gate_threshold: expected a finite number >= 0"),
         ("gated-rasa", {"k": 0}, "gates, from SoraConfig or from GatedRasaConfig with k > 0"),
         ("gated-rasa", {"experts": "slot"}, "gate_threshold: expected None with experts='slot'"),
         ("lora", SMALL, "gate_threshold: expected none with the method 'lora', got 0.001"),
         ("rasa", SMALL, "gate_threshold: expected none with the method 'rasa', got 0.001"),
-        ("sora", more("train_A: no"), "train_A: expected none with the method 'sora', got False"),
+        ("sora", {"train_A": "no"}, "train_A: expected none with the method 'sora', got False"),
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path, monkeypatch):
@@ -96,6 +96,6 @@ def test_by_the_command(common, tmp_path, capsys):
     words = [
         word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
     ]
-    gates = ("--method", "sora", "--method-options", "gate_threshold: 0.4, prune: true")
+    gates = ("--method", "sora", "--gate-threshold", 0.4, "--prune", "true")
     text = invoke("finetune", *words, *gates, "--output", tmp_path / "sora")
     assert "gates are open; without the others" in text

@@ -14,13 +14,13 @@ from tests.commands.test_finetune_methods import (  # noqa: F401 - tests, run he
     test_another_adapter_is_not_resumed,
     test_it_trains_what_the_method_trains,
 )
-from tests.helpers.finetuning import KNOWN, check_refused, more, options_of, run
+from tests.helpers.finetuning import KNOWN, check_refused, options_of, run
 
 CASES = {
-    "block-lora": (more("blocks: 4"), methods.BlockLoraConfig(4, 8.0, 4)),
+    "block-lora": ({"blocks": 4}, methods.BlockLoraConfig(4, 8.0, 4)),
     "sbora": ({"seed": 3}, methods.SboraConfig(4, 8.0, seed=3)),
-    "sbora, side": (more("side: B"), methods.SboraConfig(4, 8.0, side="B")),
-    "reslora": (more("window: 0"), methods.ResLoraConfig(4, 8.0, 0)),
+    "sbora, side": ({"side": "B"}, methods.SboraConfig(4, 8.0, side="B")),
+    "reslora": ({"window": 0}, methods.ResLoraConfig(4, 8.0, 0)),
     "sd-lora": ({}, methods.SdLoraConfig(4, 8.0)),
 }
 KNOWN.update(CASES)
@@ -39,7 +39,7 @@ def resumed(request) -> str:
 @pytest.fixture
 def another() -> tuple:
     said = "method_options ('window: 0' before, 'window: 1' now)"
-    return "reslora", more("window: 1"), said
+    return "reslora", {"window": 1}, said
 
 
 def test_every_method_of_one_run_is_there():
@@ -55,12 +55,12 @@ def test_rates_are_the_method_s(common, tmp_path):
     stored = {}
     for name, changes in (
         ("lora", {}),
-        ("block-lora", more("blocks: 1")),
-        ("block-lora", {**more("blocks: 2"), "rank": 8}),
+        ("block-lora", {"blocks": 1}),
+        ("block-lora", {**{"blocks": 2}, "rank": 8}),
     ):
         output = tmp_path / f"{name}{changes}"
         options = options_of(common, name, output, max_steps=1, **{"rank": 4, **changes})
-        run(options, alpha=2.0 * options.rank)
+        run(options, alpha=2.0 * options["rank"])
         stored[output.name] = load_file(output / "adapter_model.safetensors")
     lora, one, two = stored.values()
     for key, tensor in lora.items():
@@ -78,12 +78,12 @@ def test_rates_are_the_method_s(common, tmp_path):
             {"method": "boosted-pool"},
             "your own loop with rasa_research.training.Boosting",
         ),
-        ("block-lora", more("blocks: 3"), "blocks: expected a divisor of the rank, which is 4"),
-        ("reslora", more("side: A"), "side: expected none with the method 'reslora', got 'A'"),
-        ("sbora", more("side: C"), "side: expected 'A' or 'B', got 'C'"),
+        ("block-lora", {"blocks": 3}, "blocks: expected a divisor of the rank, which is 4"),
+        ("reslora", {"side": "A"}, "side: expected none with the method 'reslora', got 'A'"),
+        ("sbora", {"side": "C"}, "side: expected 'A' or 'B', got 'C'"),
         ("sbora", {"rank": 40}, "rank: expected at most the 32 inputs"),
-        ("sd-lora", more("window: 1"), "window: expected none with the method 'sd-lora', got 1"),
-        ("reslora", more("window: -1"), "window: expected an integer >= 0, got -1"),
+        ("sd-lora", {"window": 1}, "window: expected none with the method 'sd-lora', got 1"),
+        ("reslora", {"window": -1}, "window: expected an integer >= 0, got -1"),
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
