@@ -27,6 +27,7 @@ import pictures  # noqa: E402
 import typer  # noqa: E402
 
 from rasa_ext.commands.app import app  # noqa: E402
+from rasa_ext.commands.options import HELP, SHORT, TASKS, Base, Data, Rewards, short  # noqa: E402
 from rasa_ext.methods import AdapterConfig  # noqa: E402
 
 PART = re.compile(
@@ -43,10 +44,52 @@ def options(package: str) -> str:
         if not callbacks[0].__module__.startswith(f"{package}."):
             continue
         text = inspect.cleandoc(command.help)
+        if name in (*TASKS, "finetune"):
+            if name in TASKS:
+                index.append(entry(f"[`rasa-ext {name}`](#{name})", text))
+                parts += [f"## {name}", text, task(name)]
+            continue
         index.append(entry(f"[`rasa-ext {name}`](#{name})", text.splitlines()[0]))
         rows = [option(each) for each in command.params if each.name != "help"]
         parts += [f"## {name}", text, "\n".join(rows)]
     return "\n\n".join(["\n".join(index), *filter(None, parts)])
+
+
+def task(name: str) -> str:
+    """List the options of a training task that are not TRL's own; sft has those of all."""
+    kind = TASKS[name]
+    head = f"TRL's `{kind.kind}Trainer`. Rows have {kind.rows}. The rate is {kind.lr:g} by default."
+    if name != "sft":
+        more = "".join(f"\n{field_entry(each)}" for each in dataclasses.fields(Rewards))
+        more = f" Also:\n{more}" if name in ("grpo", "rloo") else ""
+        return f"{head} Options are as for [sft](#sft).{more}"
+    parts = [f"{head} `rasa-ext finetune` is the same command."]
+    for group, rows in HELP.items():
+        texts = {
+            name: text.format(rows=kind.rows, lr=f"{kind.lr:g}") for name, text in rows.items()
+        }
+        parts += [f"**{group}**", "\n".join(entry(f"`{n}`", text) for n, text in texts.items())]
+    shown = {name for rows in HELP.values() for name in rows}
+    own = [each for kind in (Data, Base) for each in dataclasses.fields(kind)]
+    more = [each for each in own if dashed(short(each.name)) not in shown]
+    parts += ["**More**", "\n".join(map(field_entry, more))]
+    parts.append(
+        "Every other field of TRL's config is an option, and so is every field of the method's "
+        "config: `rasa-ext sft --help-all` lists them. Names may have `_` or `-`. Second names: "
+        + ", ".join(f"`{dashed(short(n))}` for `--{n}`" for n in SHORT if short(n) != n)
+        + "; and PEFT's, such as `--lora_r`."
+    )
+    return "\n\n".join(parts)
+
+
+def field_entry(field: dataclasses.Field) -> str:
+    default = "" if field.default in (None, False, "", dataclasses.MISSING) else field.default
+    name = f"`{dashed(short(field.name))}`"
+    return entry(f"{name} (default: {default})" if default else name, field.metadata["help"])
+
+
+def dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:

@@ -106,7 +106,7 @@ def read_examples(
     Args:
         source: a file of JSON Lines, a JSON array, CSV, TSV, Parquet, or text with one example per
             line, which may be packed (.gz); a pattern such as ``train*.jsonl``; a data set's name;
-            or several of them.
+            or several of them; or a list of arguments of ``datasets.load_dataset``.
         prompt_field: name of the prompt's field. With several names, separated by commas, the
             fields are joined by an empty line.
         completion_field: name of the completion's field.
@@ -131,19 +131,23 @@ def read_examples(
     """
     names = [name.strip() for name in prompt_field.split(",")]
     rows: list[Row] = []
-    mixture = isinstance(source, list) and source and isinstance(source[0], dict)
-    for name in source if mixture else files_of(source, option):
+    for name, arguments in _sources(source, option, of_hub):
         before = len(rows)
-        if mixture:
-            name, of_hub = name["path"], name
         try:
-            for where, value in _values(name, option, of_hub):
+            for where, value in _values(name, option, arguments):
                 rows.append(_row_of(task)(where, value, names, completion_field))
         except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{name}: no {Path(name).suffix} that parses: {error}.") from None
         if len(rows) == before:
             raise DataError(f"{name}: expected at least one example, got an empty file.")
     return rows
+
+
+def _sources(source: Any, option: str, of_hub: Row) -> list[tuple[str, Row]]:
+    """Return every file or data set with the arguments of ``load_dataset``."""
+    if isinstance(source, list) and source and isinstance(source[0], dict):
+        return [(str(each.get("path")), each) for each in source]
+    return [(name, of_hub) for name in files_of(source, option)]
 
 
 def _values(source: str, option: str, of_hub: dict[str, Any]) -> Iterable[tuple[str, Any]]:

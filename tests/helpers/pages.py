@@ -29,8 +29,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from rasa_ext.commands import trl
 from rasa_ext.commands.app import app
+from rasa_ext.commands.options import TASKS, make_parser
 from tests.helpers import tiny_lm
 from tests.helpers.models import VIT
 from tests.helpers.processes import run_whole
@@ -222,10 +222,10 @@ def check(words: list[str]) -> None:
     These are subcommands, options, modules, scripts and extras.
     """
     program, *rest = words
-    if rest[:1] == ["trl"]:
-        of_accelerate = {"--accelerate_config", "--num_processes", "--config"}
-        given = {word.partition("=")[0] for word in rest if word.startswith("--")}
-        assert given <= options_of_trl(rest[1]) | of_accelerate, words
+    if program == "rasa-ext" and rest[0] in (*TASKS, "finetune"):
+        given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+        method = rest[rest.index("--method") + 1] if "--method" in rest else "rasa"
+        assert given <= options_of_task(rest[0], method), words
     elif program == "rasa-ext":
         assert rest[0] in COMMANDS, words
         known = {each for p in COMMANDS[rest[0]].params for each in (*p.opts, *p.secondary_opts)}
@@ -241,14 +241,11 @@ def check(words: list[str]) -> None:
 
 
 @functools.cache
-def options_of_trl(script: str) -> set[str]:
-    """Return the options of a script of ``rasa-ext trl``."""
-    library = importlib.import_module("trl")
-    before = library.ModelConfig, library.get_peft_config
-    try:
-        return set(trl.prepared(script, []).make_parser()._option_string_actions)
-    finally:
-        library.ModelConfig, library.get_peft_config = before
+def options_of_task(task: str, method: str) -> set[str]:
+    """Return the options of a training task."""
+    more = {"--config", "--help", "--help-all", "--num-processes", "--num_processes"}
+    known = make_parser("sft" if task == "finetune" else task, method)._option_string_actions
+    return {*known, *more, "--accelerate_config"}
 
 
 @functools.cache
