@@ -83,12 +83,14 @@ def task(name: str) -> str:
 
 
 def field_entry(field: dataclasses.Field) -> str:
+    """Write the entry of a field that is an option."""
     default = "" if field.default in (None, False, "", dataclasses.MISSING) else field.default
     name = f"`{dashed(short(field.name))}`"
     return entry(f"{name} (default: {default})" if default else name, field.metadata["help"])
 
 
 def dashed(name: str) -> str:
+    """Return an option as people type it."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext._version import __version__
-from rasa_ext.checkpoint.lora_readers import BASE_FOLDER, serving_help
+from rasa_ext.checkpoint.lora_readers import BASE_FOLDER, VLLM_RANKS, serving_help
 from rasa_ext.checkpoint.lora_view import Export
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.grouping import shape_text
@@ -171,6 +171,13 @@ def adapter_card(
             f"like any model.\n\n```bash\nrasa-ext export-lora . --output lora{named}\n"
             f"rasa-ext merge . --output merged{named}\n```"
         )
+        if limit := _slot(plan):
+            float32 = " --dtype float32" if getattr(model, "dtype", None) == torch.float32 else ""
+            serve += (
+                "\n\nvLLM with the package `rasa-ext` serves this very folder:\n\n```bash\n"
+                f"RASA_EXT_VLLM_POOLS=shared vllm serve {base.source}{float32} --enable-lora "
+                f"--max-lora-rank {limit} --max-loras 2 --lora-modules rasa=.\n```"
+            )
     return compose(
         head_fields(base, task, card, "rasa_ext", [plan.config.method, "lora"]),
         title(f"{plan.config.title} adapter", base),
@@ -188,6 +195,14 @@ def adapter_card(
             "Layers": _layers(plan),
         },
     )
+
+
+def _slot(plan: Plan) -> int:
+    """Return vLLM's slot for an adapter of linear layers; 0 if it cannot serve the folder."""
+    ranks = [getattr(plan.config, "rank", 0)]
+    ranks += [rank for _, rank in getattr(plan.config, "rank_pattern", ())]
+    served = not (plan.modules_to_save or plan.tokens or any(g.experts for g in plan.groups))
+    return next((slot for slot in VLLM_RANKS if slot >= max(ranks)), 0) if served else 0
 
 
 def lora_card(

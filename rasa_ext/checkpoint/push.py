@@ -20,7 +20,7 @@ _BASE_FIELDS = ("base_model_name_or_path", "model")
 
 _NOT_PUSHED = re.compile(
     r"(^|/)(\.|checkpoint-|rng_state|"
-    r"(finetune\.yaml|summary\.json|training_args\.bin|trainer_state\.json)$|"
+    r"(options\.yaml|all_results\.json|training_args\.bin|trainer_state\.json)$|"
     r"(optimizer|scheduler|scaler)\.pt$)"
 )
 """Hidden files, and files for resuming a training run, some of which contain paths."""
@@ -41,8 +41,8 @@ def push_to_hub(
 
     ``rasa_ext.load_adapter(model, repo_id)`` loads it from there. Log in first (``hf auth login``,
     or HF_TOKEN). The pushed card's code names the repository instead of a directory. Checkpoints,
-    hidden files, and files for resuming a training run (finetune.yaml, summary.json, which contain
-    local paths) are not pushed.
+    hidden files, and files for resuming a training run, which contain local paths (options.yaml,
+    all_results.json), are not pushed.
 
     Args:
         source: a directory that ``save_adapter``, ``export_lora`` or a command wrote, or a patched

@@ -85,11 +85,6 @@ class _Command(typer.core.TyperCommand):
         return super().parse_args(ctx, words)
 
 
-_FILES = (merge, export_lora, import_lora, import_official, push, inspect)
-for _command in (evaluate, generate, *_FILES, env, demo):
-    app.command(cls=_Command)(_command)
-
-
 def _add(task: str) -> None:
     """Add a training task, whose options its own parser reads."""
     passed = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -111,11 +106,15 @@ def _add(task: str) -> None:
                 run(options, console)
 
     for name in (task, "finetune") if task == "sft" else (task,):
-        app.command(name, context_settings=passed, help=TASKS[task].about)(train)
+        hidden = name != task
+        app.command(name, context_settings=passed, help=TASKS[task].about, hidden=hidden)(train)
 
 
+_FILES = (merge, export_lora, import_lora, import_official, push, inspect)
 for _task in TASKS:
     _add(_task)
+for _command in (evaluate, generate, *_FILES, env, demo):
+    app.command(cls=_Command)(_command)
 for _announced in entry_points(group="rasa_ext.commands"):  # of installed packages
     app.command(_announced.name)(_announced.load())
 

@@ -46,7 +46,7 @@ def export_lora(
     import torch
 
     import rasa_ext
-    from rasa_ext.checkpoint.lora_readers import serving_help
+    from rasa_ext.checkpoint.lora_readers import GGUF, serving_help
     from rasa_ext.commands.models import base_of, copy_tokenizer, load_model
     from rasa_ext.patching.state import adapted_experts
 
@@ -73,6 +73,9 @@ def export_lora(
         )
         if format == "peft":
             copy_tokenizer(adapter, output)
+        elif format == "gguf":
+            of_gguf = str(Path(name).resolve()) if name.endswith(".gguf") else "./base.gguf"
+            (output / "Modelfile").write_text(f"FROM {of_gguf}\nADAPTER ./{GGUF}\n")
         truncation = None if rank is None else rasa_ext.export_error(base, rank)
     console.print(f"LoRA of rank {written} in {output}.")
     if truncation is not None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ _DEFAULTS: dict[str, Any] = {
 _SET = ("model_init_kwargs", "eval_packing", "prediction_loss_only", "dataset_text_field")
 """Fields of TRL's configs that the command sets."""
 
-_OURS = ("resume", "overwrite")
+_OURS = ("resume", "overwrite", "dry_run")
 """Options that are no part of a run's record."""
 
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices")
@@ -148,6 +149,11 @@ class Data:
     )
     overwrite: bool = _option(
         False, "Replace an earlier run's checkpoints and adapter; other files in --output stay."
+    )
+    dry_run: bool = _option(
+        False,
+        "Read the data, print the first row, the adapter's layers and the memory that the run "
+        "needs, and stop before weights are loaded.",
     )
 
 
@@ -228,9 +234,9 @@ class Options:
         fields = {field.name: field for field in dataclasses.fields(method)}
         if "rank_pattern" in given:
             given["rank_pattern"] = _rank_pattern(given["rank_pattern"])
-        if "k" in fields:
+        if method is methods.RasaConfig:
             given.setdefault("k", None)  # the paper's rule
-        elif "alpha" in fields and fields["alpha"].default is not None:
+        if getattr(method, "alpha", None) is not None:
             given.setdefault("alpha", 8.0)
         for name in ("template", "seed"):
             if name in fields:
@@ -321,12 +327,13 @@ def parse(task: str, words: Sequence[str]) -> Options:
 
     Raises ValueError, naming the option, the expected and the actual value.
     """
-    words, file = _without_config(words)
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    before, words = first.parse_known_args(words)
+    file = before.config
     settings = _read(file) if file else {}
-    method = str(settings.get("method", "rasa"))
-    for word, value in zip(words, [*words, ""][1:], strict=True):
-        method = value if word == "--method" else method
-        method = word.removeprefix("--method=") if word.startswith("--method=") else method
+    first.add_argument("--method", default=str(settings.get("method", "rasa")))
+    method = first.parse_known_args(words)[0].method
     parser = make_parser(task, method)
     known = parser._option_string_actions
     mixture = settings.pop("datasets", None)
@@ -381,6 +388,9 @@ def _options(
     if missing := set(made.training.report_to) - {*available, "none"}:
         there, lacking = ", ".join(available) or "none is", ", ".join(missing)
         raise ValueError(f"report_to: {there} installed, pip install {lacking}.")
+    if (rate := made.training.learning_rate) < TASKS[task].lr / 10:
+        usual = f"an adapter for {task} usually learns at about {TASKS[task].lr:g}"
+        warnings.warn(f"lr: {rate:g} is a rate for whole models; {usual}.", stacklevel=2)
     if made.training.n_gpu > 1:
         made.training._n_gpu = 1  # with more, DataParallel would copy the model in every step
     if made.data.init_adapter is None:
@@ -459,23 +469,6 @@ def _schedule(options: Options, config: dict[str, Any]) -> None:
 def _has_accelerator() -> bool:
     torch: Any = importlib.import_module("torch")
     return bool(torch.accelerator.is_available())
-
-
-def _without_config(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Return the words without ``--config``, and the file that it names."""
-    rest, file, waiting = [], None, False
-    for word in words:
-        if waiting:
-            file, waiting = word, False
-        elif word == "--config":
-            waiting = True
-        elif word.startswith("--config="):
-            file = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    if waiting:
-        raise ValueError("--config: expected a file, got nothing.")
-    return rest, file
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -624,6 +617,7 @@ HELP = {
     },
     "Run": {
         "--config": "YAML file with any of these options; the command line overrides it.",
+        "--dry-run": "Print rows, layers and memory without loading weights.",
         "--resume": "Continue from the newest checkpoint in --output.",
         "--num-processes": "Processes, or other options of `accelerate launch`.",
     },

@@ -61,7 +61,6 @@ def write_folder(
         for prefix, where in (("", "training"), ("eval_", "held-out")):
             if found := values(rows, prefix + name):
                 result[f"{where} {text}"] = [found[0], found[-1]]
-    trainer.model.eval()
     card = folder_card(trainer, options, result)
     trainer.card = card
     trainer.save_model()
@@ -120,6 +119,7 @@ def folder_card(trainer: Any, options: Options, result: Mapping[str, Any]) -> Ca
         {
             "Training": "\n".join(["| | |", "| --- | --- |", *table]),
             "Figures of the run": "\n".join(f"- {line}" for line in describe(result)),
+            "A question": trainer.asked,
         },
     )
 
@@ -136,7 +136,8 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{time}, peak memory {memory}")
     if result["first_loss"] is not None:
         losses = f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
-        rose = "; it rose, try a lower --lr" if result["last_loss"] > result["first_loss"] else ""
+        rose = result["last_loss"] > result["first_loss"] and "training reward" not in result
+        rose = "; it rose, try a lower --lr" if rose else ""
         lines.append(f"{losses} (first and last tenth of the steps{rose})")
     if result["eval_loss"] is not None:
         before, after = result["eval_loss_before"], result["eval_loss"]

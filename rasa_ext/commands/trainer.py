@@ -40,6 +40,8 @@ class Training(Trainer):
     record = "{}"
     skeleton: Any = None
     """The base on the meta device with the adapter, for the card."""
+    asked = ""
+    """A question with the model's answer, for the card."""
     counts: dict[str, str]
     """What is in the data, by option, for the card."""
 

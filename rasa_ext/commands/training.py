@@ -36,12 +36,16 @@ from rasa_ext.commands.callbacks import InterruptCallback, Progress
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
 from rasa_ext.commands.data import (
     DataError,
+    conversation,
     counted,
     read_examples,
     rows_for_sft,
     rows_for_task,
     split,
+    templated,
 )
+from rasa_ext.commands.fit import described
+from rasa_ext.commands.measuring import greedy_answers
 from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer, own_tokenizer
 from rasa_ext.commands.options import TASKS, Options
 from rasa_ext.commands.output import INTERRUPTED, working
@@ -60,6 +64,9 @@ _HARMLESS = ("output", "gradient_checkpointing", "eval_steps", "eval_strategy", 
 
 def run(options: Options, console: Console) -> None:
     """Train, alone in the run's folder, and print what came of it."""
+    if options.data.dry_run:
+        _train(options, console)
+        return
     check_output(options)
     new = not (options.data.resume or options.data.overwrite)
     try:
@@ -165,6 +172,13 @@ def _train(
     whole = (*config.modules_to_save, *(["score"] if score else []))
     patch_model(skeleton, config=dataclasses.replace(config, modules_to_save=whole))
     config.callbacks(skeleton)
+    if data.dry_run:
+        for name, each in examples.items():
+            console.print(f"{_source(options, name)}: {counted(each)}.", markup=False)
+        _show_row(rows[0][0], console)
+        console.print(str(summary(skeleton)), markup=False)
+        console.print(described(skeleton, options), markup=False)
+        return {"dry_run": True}
     set_seed(options.training.seed)
     model = _load(options) if loaded else model
     trainer = _trainer(options, model, tokenizer, config, tensors, rows, marks)
@@ -205,6 +219,8 @@ def _train(
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
+    trainer.model.eval()
+    trainer.asked = _asked(options, trainer, list(examples.values())[-1][0])
     result = write_folder(trainer, options, stopped, trained, progress)
     if not loaded:
         unpatch(model)
@@ -356,16 +372,9 @@ def _rewards(options: Options) -> list[Any]:
 
 def _show(options: Options, trainer: Any, rows: Sequence[Any], console: Console) -> None:
     """Print how many rows there are, and the first as the model sees it."""
-    data, names = options.data, list(trainer.counts)
     learnt = [trainer.train_dataset, trainer.eval_dataset]
-    for name, given, prepared in zip(names, rows, learnt, strict=False):
-        value = getattr(data, name)
-        source = (
-            ", ".join(map(str, value))
-            if isinstance(value, list)
-            else f"--{name.replace('_', '-')} {value}"
-        )
-        text = f"{source}: {trainer.counts[name]}"
+    for (name, count), given, prepared in zip(trainer.counts.items(), rows, learnt, strict=False):
+        text = f"{_source(options, name)}: {count}"
         if options.task == "sft":
             args = options.training
             describe_rows(text, len(given), prepared, args.max_length, args.packing, console)
@@ -378,10 +387,43 @@ def _show(options: Options, trainer: Any, rows: Sequence[Any], console: Console)
         plain = "text" in rows[0][0]
         show_example(trainer.train_dataset[0], trainer.processing_class, console, plain=plain)
         return
+    _show_row(rows[0][0], console)
+
+
+def _asked(options: Options, trainer: Any, row: dict[str, Any]) -> str:
+    """Return a held-out question with the trained model's answer, for the card."""
+    if options.task == "reward" or "text" in row or trainer.args.world_size > 1:
+        return ""
+    tokenizer, prompt = trainer.processing_class, row.get("prompt")
+    turns = conversation(row)[:-1] if "messages" in row else prompt
+    if turns is None:
+        return ""
+    uses = options.data.template and tokenizer.chat_template
+    if isinstance(turns, str) and uses:
+        turns = [{"role": "user", "content": turns}]
+    asked = str(turns)
+    if not isinstance(turns, str):
+        more = {"add_generation_prompt": True, "tools": row.get("tools")}
+        asked, prompt = templated(tokenizer, turns, "data", **more), turns[-1]["content"]
+    special = isinstance(turns, str)
+    with working("Asking a question"):
+        (answer,) = greedy_answers(trainer.base_model, tokenizer, [asked], 48, 1, special)
+    quoted = "\n".join(f"> {line}" for line in str(prompt).splitlines())
+    return f"{quoted}\n\n{answer}"
+
+
+def _source(options: Options, name: str) -> str:
+    """Return where rows are from, given the option that named it."""
+    value = getattr(options.data, name)
+    listed = value if isinstance(value, list) else [f"--{name.replace('_', '-')} {value}"]
+    return ", ".join(str(each["path"] if isinstance(each, dict) else each) for each in listed)
+
+
+def _show_row(row: Mapping[str, Any], console: Console) -> None:
     console.print("The first example:", style="dim")
-    for key, value in rows[0][0].items():
+    for key, value in row.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        console.print(f"  {key}: {text[:400]}", markup=False)
+        console.print(f"  {key}: {text[:_SHOWN]}", markup=False)
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_an_edited_card_is_pushed_as_edited(hub, tmp_path):
 
 def test_what_a_training_needs_to_go_on_stays_here(hub, tmp_path):
     rasa_ext.save_adapter(model(), tmp_path)
-    kept = ("finetune.yaml", "summary.json", "training_args.bin", ".git/config", "rng_state_0.pth")
+    kept = ("options.yaml", "all_results.json", "training_args.bin", "rng_state_0.pth", ".git/a")
     for name in (*kept, "checkpoint-3/adapter_config.json", "tokenizer.json", "extra/note.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

@@ -102,7 +102,9 @@ def test_export_lora_as_gguf_prints_the_server_alone(base, tuned, tmp_path, monk
     text = invoke(*words)
     assert f"convert_hf_to_gguf.py {base} --outfile {out}/base.gguf --outtype f32" in text
     assert f"llama-server -m {out}/base.gguf --lora {out}/adapter.gguf --cache-ram 0" in text
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter.gguf"]
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["Modelfile", "README.md", "adapter.gguf"]
+    assert (out / "Modelfile").read_text() == "FROM ./base.gguf\nADAPTER ./adapter.gguf\n"
 
     monkeypatch.setattr(models, "load_model", lambda name, dtype: make_model())
     gguf = tmp_path / "m.Q4_1.gguf"

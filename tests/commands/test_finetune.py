@@ -103,7 +103,9 @@ def test_another_loss_is_the_one_that_is_trained(other, options, tmp_path):
 
 def test_gradient_checkpointing_changes_no_loss(options, tmp_path, monkeypatch):
     forward, calls = LlamaMLP.forward, []
-    monkeypatch.setattr(LlamaMLP, "forward", lambda *args: calls.append(0) or forward(*args))
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda *args: calls.extend([0] * args[0].training) or forward(*args)
+    )
     run(options, dropout=0.0)
     once = len(calls)
     run(options, dropout=0.0, gradient_checkpointing=True, output=str(tmp_path / "other"))

@@ -10,9 +10,12 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
+from benchmarks.memory import MODELS
+from rasa_ext.commands import training
+from rasa_ext.commands.fit import memory
 from rasa_ext.commands.options import HELP, TASKS, make_parser, parse
 from tests.helpers import peft
 from tests.helpers.cli import invoke
@@ -203,7 +206,7 @@ MISTAKES = {
     "{sft} --k 99": "k: expected 0 <= k <= rank",
     "{sft} --learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
     "{sft} --lr 0,001": "--lr: expected a number, got '0,001'",
-    "{sft} --method dora": "method: expected 'lora' or 'rasa', got 'dora'",
+    "{sft} --method dora": "got 'dora'; upgrade rasa_ext, or install the package",
     "{sft} --rslora true": "rslora: expected none with the method 'rasa'",
     "{sft} --target-modules q_prj": "target_modules: ",
     "{sft} --target-modules '[q_proj]'": "target_modules: expected names such as q_proj,v_proj",
@@ -298,3 +301,49 @@ def test_every_option_of_a_record_is_read_again(there, tmp_path):
     options = parsed(given)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(options.given))
     assert parse("sft", ["--config", str(tmp_path / "again.yaml")]).values == options.values
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_dry_run_loads_no_weights(task, there, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_model", lambda *_, **__: pytest.fail("was loaded"))
+    text = invoke(*line(task, tmp_path / "out", "--test-split", 0.25, "--dry-run"))
+    assert f"{task}.jsonl: 6 examples. --test-split 0.25: 2 examples." in text
+    assert "model.layers.*.mlp.up_proj 2 48 x 32 5" in text
+    assert re.search(r"memory: about \d+\.\d GB \(base .*: it fits\.", text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", ["16", "8", "4"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_sum_of_memory_is_the_documentation_s(bits, checkpointing, there, tmp_path):
+    expected, name = MODELS["Llama-3.2-1B"], {"8": "load_in_8bit", "4": "load_in_4bit"}
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    with torch.device("meta"):
+        config = LlamaConfig(**shape, tie_word_embeddings=True, dtype=torch.bfloat16)
+        model = rasa_ext.patch_model(LlamaForCausalLM(config), rank=8, k=1)
+    given = {"model": "base", "data": "sft.jsonl", "output": str(tmp_path), "dtype": "bfloat16"}
+    given |= {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": checkpointing}
+    given |= {name[bits]: True} if bits in name else {}
+    found = memory(model, parsed(given))
+    parts = {
+        "base": expected.base(bits),
+        "adapter": expected.adapter(8, 1),
+        "packs": expected.packs(8, 1),
+        "activations": expected.activations(2048, 8, 1, checkpointing),
+        "logits": expected.logits(2048),
+    }
+    assert found == pytest.approx(parts, rel=0.02)
+
+
+def test_the_card_has_a_question_and_how_to_serve_the_folder(there, tmp_path):
+    invoke(*line("sft", tmp_path / "out", "--eval-data", "sft.jsonl"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    first = json.loads((there / "sft.jsonl").read_text().splitlines()[0])
+    assert f"## A question\n\n> {first['prompt']}\n\n" in card
+    assert "vllm serve BASE_FOLDER --dtype float32 --enable-lora --max-lora-rank 8" in card
+
+
+def test_a_rate_for_whole_models_is_warned_of(there, tmp_path):
+    with pytest.warns(UserWarning, match=r"lr: 2e-05 is a rate for whole models; an adapter for s"):
+        parsed({"model": "base", "data": "sft.jsonl", "output": str(tmp_path), "lr": 2e-5})

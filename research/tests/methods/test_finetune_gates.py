@@ -34,7 +34,7 @@ def resumed(request) -> str:
 
 @pytest.fixture
 def another() -> tuple:
-    said = "method_options ('gate_threshold: 1e-3' before, 'gate_threshold: 2e-3' now)"
+    said = "gate_threshold (0.001 before, 0.002 now)"
     return "gated-rasa", {"gate_threshold": 2e-3}, said
 
 
@@ -53,7 +53,7 @@ def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):
     after, before = map(int, re.search(r"rank is (\d+), from (\d+)", text).groups())
     assert after < before
     ids = torch.arange(1, 9).unsqueeze(0)
-    models = [rasa_ext.load_adapter(make_model(), each.output) for each in (whole, pruned)]
+    models = [rasa_ext.load_adapter(make_model(), each["output"]) for each in (whole, pruned)]
     torch.testing.assert_close(*(model(ids).logits for model in models))
     ranks = [layer.effective_rank for layer in rasa_linears(models[1]).values()]
     assert max(ranks) == after
@@ -76,14 +76,22 @@ def test_closed_altogether(common, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sora", {}, "gate_threshold: expected a number with the method 'sora'"),
-        ("sora", {"prune": "true"}, "gate_threshold: expected a number with the method 'sora'"),
+        (
+            "sora",
+            {"gate_threshold": None},
+            "gate_threshold: expected a number with the method 'sora'",
+        ),
+        (
+            "sora",
+            {"gate_threshold": None, "prune": "true"},
+            "gate_threshold: expected a number with the method 'sora'",
+        ),
         ("sora", {"gate_threshold": -1}, "gate_threshold: expected a finite number >= 0"),
         ("gated-rasa", {"k": 0}, "gates, from SoraConfig or from GatedRasaConfig with k > 0"),
         ("gated-rasa", {"experts": "slot"}, "gate_threshold: expected None with experts='slot'"),
-        ("lora", SMALL, "gate_threshold: expected none with the method 'lora', got 0.001"),
-        ("rasa", SMALL, "gate_threshold: expected none with the method 'rasa', got 0.001"),
-        ("sora", {"train_A": "no"}, "train_A: expected none with the method 'sora', got False"),
+        ("lora", SMALL, "gate_threshold: expected none with the method 'lora'"),
+        ("rasa", SMALL, "gate_threshold: expected none with the method 'rasa'"),
+        ("sora", {"train_A": "no"}, "train_A: expected none with the method 'sora'"),
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path, monkeypatch):
