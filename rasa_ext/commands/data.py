@@ -84,7 +84,9 @@ def files_of(sources: str | Sequence[str], option: str) -> list[str]:
         named = [name for name in there if Path(name).is_file()]
         local = source.removesuffix(".gz").endswith(_SUFFIXES) or source.startswith((".", "/", "~"))
         if not named and (local or Path(source).is_dir() or glob.has_magic(source)):
-            what = "is a directory" if Path(source).is_dir() else "does not exist"
+            what = "does not exist"
+            if Path(source).is_dir():
+                what = f"is a directory; name the files in it, such as {source}/*.jsonl"
             raise DataError(f"{option}: expected files or a hub data set, but {source} {what}.")
         for name in named or [source]:
             if name in files:

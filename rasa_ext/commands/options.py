@@ -281,6 +281,9 @@ def make_parser(task: str, method: str = "rasa") -> Any:
     parser.set_defaults(**_DEFAULTS, learning_rate=TASKS[task].lr)
     parser.set_defaults(dataloader_pin_memory=_has_accelerator())
     known = {action.dest: action for action in parser._actions}
+    for action in parser._actions:
+        if action.type is parsing.string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True  # a name alone means true
     for name, others in SHORT.items():
         if (action := known.get(name)) is not None:
             _rename(parser, action, others)
@@ -535,7 +538,7 @@ def _apart(words: Sequence[str], parser: Any, where: str) -> tuple[list[str], li
                     why = f"expected none with the method {parser.method!r}"
                     raise ValueError(f"{where}{field}: {why}.")
                 plain = name.lstrip("-")
-                near = difflib.get_close_matches(f"--{_field_of(name)}", _names_of(known), 1)
+                near = difflib.get_close_matches(f"--{_field_of(name)}", _names_of(known), 1, 0.75)
                 hint = f"; did you mean {near[0]}?" if near else "."
                 what = f"unknown key {plain!r}" if where else f"unknown option {name}"
                 raise ValueError(f"{where}{what}{hint}")
