@@ -340,9 +340,11 @@ def parse(task: str, words: Sequence[str]) -> Options:
     parser = make_parser(task, method)
     known = parser._option_string_actions
     mixture = settings.pop("datasets", None)
-    of_file = list(_words_of(settings, known, f"{file}: "))
+    over = {known[name].dest for word in words if (name := word.partition("=")[0]) in known}
+    of_file = list(_words_of(settings, known, over, f"{file}: "))
     parser.words = words
-    _check_once(words, known)
+    for each in (of_file, words):
+        _check_once(each, known)
     of_file, launcher = _apart(of_file, parser, f"{file}: ")
     of_line, more = _apart(words, parser, "")
     values, defaults = (vars(parser.parse_args(each)) for each in ([*of_file, *of_line], []))
@@ -493,13 +495,16 @@ def _read(path: str) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in data.items()}
 
 
-def _words_of(settings: Mapping[str, Any], known: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Yield a file's settings as words of a command line, which are parsed as such."""
+def _words_of(
+    settings: Mapping[str, Any], known: Mapping[str, Any], over: set[str], where: str
+) -> Iterator[str]:
+    """Yield a file's settings as words of a command line, without those that it overrides."""
     for name, value in settings.items():
-        if value is None:
+        action = known.get(f"--{name}")
+        if value is None or (action is not None and action.dest in over):
             continue
         if isinstance(value, list):
-            if (action := known.get(f"--{name}")) is not None and action.nargs != "+":
+            if action is not None and action.nargs != "+":
                 raise ValueError(f"{where}expected one value for {name!r}, got {value}.")
             yield from (f"--{name}", *map(str, value))
         elif isinstance(value, dict):
@@ -531,7 +536,7 @@ def _apart(words: Sequence[str], parser: Any, where: str) -> tuple[list[str], li
         if re.fullmatch(r"--?[a-zA-Z][\w-]*", name):
             if name in known:
                 into = ours
-            elif name.replace("-", "_") in ("__accelerate_config",) or name in _of_accelerate():
+            elif name.replace("-", "_") == "__accelerate_config" or name in _of_accelerate():
                 into = theirs
             else:
                 if (field := _field_of(name)) in _fields_of_methods():
@@ -565,10 +570,10 @@ def _names_of(known: Mapping[str, Any]) -> list[str]:
     return [name for name in known if name.startswith("--") and "-" not in name[2:]]
 
 
-def _of_accelerate() -> Mapping[str, Any]:
+def _of_accelerate() -> set[str]:
     launch: Any = importlib.import_module("accelerate.commands.launch")
-    found: Mapping[str, Any] = launch.launch_command_parser()._option_string_actions
-    return found
+    found = launch.launch_command_parser()._option_string_actions
+    return {name for name in found if name.startswith("--") and name != "--module"}
 
 
 def _names(option: str, given: list[str]) -> str | list[str]:

@@ -200,6 +200,27 @@ def test_a_mixture_of_data_sets(there, tmp_path):
     assert "16 examples" in text
 
 
+def test_the_line_overrides_the_file(there, tmp_path):
+    settings = {"data": ["dpo.jsonl"], "eval_data": ["dpo.jsonl"], "lr": 0.5, "adapter_dtype": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = ["--model", "base", "--output", str(tmp_path / "out"), "--adapter_dtype", "bfloat16"]
+    words += [
+        "--config",
+        str(tmp_path / "run.yaml"),
+        "--data",
+        "sft.jsonl",
+        "--learning-rate",
+        "0.1",
+    ]
+    options = parse("sft", words)
+    assert (options.data.data, options.data.eval_data) == (["sft.jsonl"], ["dpo.jsonl"])
+    assert options.training.learning_rate == 0.1
+    assert options.config().adapter_dtype == torch.bfloat16
+    (tmp_path / "run.yaml").write_text("lr: 0.1\nlearning_rate: 0.2\n")
+    with pytest.raises(ValueError, match=r"learning_rate: expected this option once"):
+        parse("sft", words[:-2])
+
+
 MISTAKES = {
     "{sft} --k eight": "--k: expected an integer, got 'eight'",
     "{sft} --rank 0": "rank: expected",
@@ -215,6 +236,7 @@ MISTAKES = {
     "{sft} --num_processes 0": "num_processes: expected at least 1, got 0",
     "{sft} --accelerate_config nope": "nope",
     "{sft} --use_peft false": "use_peft: expected true",
+    "{sft} -m x": "unknown option -m",
     "{sft} stray": "unexpected 'stray'",
     "sft --model base --output {out}": "--data: expected rows with prompt and completion",
     "sft --data sft.jsonl --output {out}": "--model: expected a model, got none",
