@@ -33,7 +33,7 @@ for private ranks, for the k ranks that the layer gave to the pool, and for the 
 "ours" is a method of ``rasa_ext.methods`` by name. Its "options" are those of its config, and its
 "steps" configure the work between optimizer steps: see ``methods.between``.
 """
-OPTIONS = {"lora": ("ranks", "blocks"), "started": ("blocks", "targets"), "ours": ("optimizer",)}
+OPTIONS = {"lora": ("ranks", "blocks"), "started": ("blocks", "targets", "d_lr_ratio"), "ours": ("optimizer",)}
 """Optional keys of some kinds; every kind may also have "share" and "against".
 
 "ranks": plan the ranks by ``methods.planned``. "blocks": adapt these blocks only. "optimizer":

@@ -141,7 +141,9 @@ def optimizer(model: Any, spec: Mapping[str, Any]) -> Callable[..., torch.optim.
 
 def groups(model: Any, spec: Mapping[str, Any], lr: float) -> list[dict[str, Any]] | None:
     """Return the method's parameter groups for the optimizer, or None if it has none."""
-    return training.parameter_groups(model, lr) if spec["kind"] == "ours" else None
+    ratio = spec.get("d_lr_ratio", 1.0)
+    own = spec["kind"] == "ours" or ratio != 1
+    return training.parameter_groups(model, lr, d_lr_ratio=ratio) if own else None
 
 
 def between(
