@@ -33,12 +33,17 @@ for private ranks, for the k ranks that the layer gave to the pool, and for the 
 "ours" is a method of ``rasa_ext.methods`` by name. Its "options" are those of its config, and its
 "steps" configure the work between optimizer steps: see ``methods.between``.
 """
-OPTIONS = {"lora": ("ranks", "blocks"), "started": ("blocks", "targets", "d_lr_ratio"), "ours": ("optimizer",)}
+OPTIONS = {
+    "lora": ("ranks", "blocks"),
+    "started": ("blocks", "targets", "d_lr_ratio"),
+    "ours": ("optimizer",),
+}
 """Optional keys of some kinds; every kind may also have "share" and "against".
 
 "ranks": plan the ranks by ``methods.planned``. "blocks": adapt these blocks only. "optimizer":
-options for ``methods.optimizer``. "share": the share of the task's steps that the method trains
-for, by default 1. "against": the methods that the report subtracts from this one, by default
+options for ``methods.optimizer``. "d_lr_ratio": the rate of d over that of the rest. "share": the
+share of the task's steps that the method trains for, by default 1. "against": the methods that the
+report subtracts from this one, by default
 ``REFERENCE``.
 """
 REFERENCE = "lora-r8"
