@@ -171,7 +171,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     console.print(
         "\nContinue with the model, or with your own data:\n"
         f"  rasa-ext generate {shlex.quote(str(adapter))} smollm2 {ask}\n"
-        "  rasa-ext finetune --model smollm2 --data your.jsonl --output your-adapter",
+        "  rasa-ext sft --model smollm2 --data your.jsonl --output your-adapter",
         markup=False,
     )
     return max(by_merged, by_lora)

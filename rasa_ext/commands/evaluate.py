@@ -31,10 +31,10 @@ def evaluate(
     Args:
         targets: Adapters and models: directory (adapter, merged or other model), hub id, .gguf
             file, or smollm2.
-        data: Held-out data, in the forms that finetune takes; repeat the option for several.
+        data: Held-out data, in the forms that sft takes; repeat the option for several.
         model: Base model of the adapters. [default: the one that each adapter names]
-        prompt_field: As in finetune.
-        completion_field: As in finetune.
+        prompt_field: As in sft.
+        completion_field: As in sft.
         template: Use the chat template, if there is one. [default: as the adapter was trained]
         answers: Generate answers and count exact matches, if every completion has an answer to
             match, by default its last number. For plain text only the loss is measured.

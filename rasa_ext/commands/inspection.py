@@ -40,7 +40,7 @@ def inspect(
             adapter: its base, which some methods need.
         rank: For a model: the new adapter's rank.
         k: For a model: ranks per layer that go to the shared pool. [default: rank // 8]
-        target_modules: For a model: as in `rasa-ext finetune`.
+        target_modules: For a model: as in `rasa-ext sft`.
         experts: For a model: adapt its experts too; slot, layer or shared, as in finetune.
         spectrum: For an adapter: show the layers' effective ranks and use of the pool instead.
     """

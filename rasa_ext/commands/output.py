@@ -176,6 +176,7 @@ def _prepare() -> None:
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they log during import
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT, of a .gguf base
     for printer in (console, progress):
         # Of the processes that torchrun starts, the first prints; all of them print errors.
         printer.quiet = os.environ.get("RANK", "0") != "0"

@@ -65,7 +65,7 @@ def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
         raise ModelError(
             f"model: expected a base model, but {path} is an adapter's directory; pass the "
             f"adapter's base ({base}), or a merged model from `rasa-ext merge`. To train the "
-            f"adapter further, pass the base and `--init-adapter {path}` to `rasa-ext finetune`."
+            f"adapter further, pass the base and `--init-adapter {path}` to `rasa-ext sft`."
         )
     if not (path / "config.json").is_file():
         raise ModelError(

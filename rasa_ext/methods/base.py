@@ -89,7 +89,7 @@ class AdapterConfig:
     paper: ClassVar[str] = ""
     """The paper's number on arXiv."""
     loop: ClassVar[str] = ""
-    """How to train the method, if an optimizer is not enough; ``rasa-ext finetune`` shows it."""
+    """How to train the method, if an optimizer is not enough; ``rasa-ext sft`` shows it."""
     peft_type: ClassVar[str] = "RASA"
     """The type of all methods in PEFT."""
     peft: ClassVar[str] = ""
@@ -265,7 +265,7 @@ class AdapterConfig:
         return {}
 
     def callbacks(self, model: nn.Module) -> Sequence[TrainerCallback]:
-        """Return the callbacks that ``rasa-ext finetune`` adds to the Trainer.
+        """Return the callbacks that ``rasa-ext sft`` adds to the Trainer.
 
         It is also called once on a model of empty tensors, before the base's weights are read.
 

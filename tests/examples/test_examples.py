@@ -21,7 +21,10 @@ GAINS = {
     "qrasa.yaml": -1.0,
     "pretraining.py": -0.05,
     "dpo.py": 5.0,
+    "dpo.yaml": 0.5,
+    "kto.yaml": 0.5,
     "grpo.py": 0.1,
+    "grpo.yaml": 0.05,
     "classification.py": 42,  # the head alone: 33
     "embeddings.py": 30,
     "vision.py": 75,  # the head alone: 54
@@ -58,7 +61,7 @@ def shell(tmp_path_factory, forked_python):
             patch.chdir(folder / "page")
             return pages.shell(code, folder / "bin", folder)
 
-    run("python examples/orders.py")  # the data of other examples
+    run("python examples/orders.py\npython examples/sums.py")  # the data of other examples
     return run
 
 

@@ -48,7 +48,7 @@ def compress(
     rank: Annotated[int, typer.Option(help="LoRA rank r per layer.")] = 8,
     k: Annotated[int, typer.Option(help="Ranks per layer that go to the shared pool.")] = 1,
     target_modules: Annotated[
-        str, typer.Option(help="With --finetuned: layers to adapt, as in `rasa-ext finetune`.")
+        str, typer.Option(help="With --finetuned: layers to adapt, as in `rasa-ext sft`.")
     ] = "all-linear",
     modules_to_save: Annotated[
         str,

@@ -45,9 +45,9 @@ def ranks(
             help="Name of the model's list of blocks, such as model.layers. [default: the longest]"
         ),
     ] = None,
-    target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
-    prompt_field: Annotated[str, typer.Option(help="As in finetune.")] = "prompt",
-    completion_field: Annotated[str, typer.Option(help="As in finetune.")] = "completion",
+    target_modules: Annotated[str, typer.Option(help="As in sft.")] = "all-linear",
+    prompt_field: Annotated[str, typer.Option(help="As in sft.")] = "prompt",
+    completion_field: Annotated[str, typer.Option(help="As in sft.")] = "completion",
     template: Annotated[
         bool,
         typer.Option(

@@ -71,11 +71,11 @@ class GatedRasaConfig(RasaConfig):
     )
     gate_threshold: float | None = option(
         None,
-        "Distance by which `rasa-ext finetune` moves each gate towards zero in a step, such as "
+        "Distance by which `rasa-ext sft` moves each gate towards zero in a step, such as "
         "1e-3; required there. In your own loop, pass it to ProximalGates.",
     )
     prune: bool = option(
-        False, "Whether `rasa-ext finetune` removes the ranks of closed gates at the end."
+        False, "Whether `rasa-ext sft` removes the ranks of closed gates at the end."
     )
     gate_rate: float = option(
         1.0,
