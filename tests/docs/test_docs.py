@@ -22,7 +22,7 @@ NOT_RUN = {
     "install.md": 1,
     "lora-pro.md": 1,
     "memory.md": 1,
-    "peft.md": 2,
+    "peft.md": 1,
     "quantized.md": 2,
     "reproduce.md": 1,
     "rl.md": 1,

@@ -91,4 +91,4 @@ def test_every_recipe_has_an_output_and_a_gain():
     shown = {name(block) for block in RUNS if block["output"] is not None}
     assert shown == set(GAINS)
     files = {path.name for path in (pages.ROOT / "examples").iterdir() if path.is_file()}
-    assert files - shown == {"orders.py", "served_adapter.py"}
+    assert files - shown == {"orders.py", "sums.py", "served_adapter.py"}
