@@ -94,7 +94,10 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Defaults that differ from TRL's."""
 
-_SET = ("model_init_kwargs", "eval_packing", "prediction_loss_only", "dataset_text_field")
+_SET = (
+    *("model_init_kwargs", "eval_packing", "prediction_loss_only", "dataset_text_field"),
+    "resume_from_checkpoint",
+)
 """Fields of TRL's configs that the command sets."""
 
 _OURS = ("resume", "overwrite", "dry_run")
@@ -459,8 +462,11 @@ def _check(task: str, data: Data, base: Base, values: Mapping[str, Any]) -> None
 def _schedule(options: Options, config: dict[str, Any]) -> None:
     """Set when a run is evaluated, if the options do not say: before and after."""
     if options.evaluates:
-        config["eval_strategy"] = "steps"
-        if config["eval_steps"] is None:  # below 1 a share; 1 - 1e-9 is the last step alone
+        if config["eval_strategy"] == "no":
+            config["eval_strategy"] = "steps"
+        if (
+            config["eval_steps"] is None and config["eval_strategy"] == "steps"
+        ):  # below 1 a share; 1 - 1e-9 is the last step alone
             best = config["load_best_model_at_end"]
             config["eval_steps"] = config["save_steps"] if best else 1 - 1e-9
         config["eval_on_start"] = not options.data.resume

@@ -200,6 +200,14 @@ def test_a_mixture_of_data_sets(there, tmp_path):
     assert "16 examples" in text
 
 
+def test_evaluations_may_follow_epochs(there, tmp_path):
+    words = line("sft", tmp_path / "out", "--eval-data", "sft.jsonl", "--eval-strategy", "epoch")
+    words[words.index("--max-steps") : words.index("--max-steps") + 2] = ["--epochs", "2"]
+    invoke(*words)
+    evaluated = [row["step"] for row in read_log(tmp_path / "out") if "eval_loss" in row]
+    assert evaluated == [0, 4, 8]
+
+
 def test_the_line_overrides_the_file(there, tmp_path):
     settings = {"data": ["dpo.jsonl"], "eval_data": ["dpo.jsonl"], "lr": 0.5, "adapter_dtype": None}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -235,6 +243,7 @@ MISTAKES = {
     "{sft} --config nope.yaml": "nope.yaml: no such file or directory",
     "{sft} --num_processes 0": "num_processes: expected at least 1, got 0",
     "{sft} --accelerate_config nope": "nope",
+    "{sft} --resume_from_checkpoint x": "resume_from_checkpoint: expected none, since the command",
     "{sft} --use_peft false": "use_peft: expected true",
     "{sft} -m x": "unknown option -m",
     "{sft} stray": "unexpected 'stray'",
