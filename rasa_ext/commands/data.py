@@ -14,6 +14,7 @@ import difflib
 import functools
 import glob
 import gzip
+import importlib
 import io
 import json
 import os
@@ -108,7 +109,7 @@ def read_examples(
     Args:
         source: a file of JSON Lines, a JSON array, CSV, TSV, Parquet, or text with one example per
             line, which may be packed (.gz); a pattern such as ``train*.jsonl``; a data set's name;
-            or several of them; or a list of arguments of ``datasets.load_dataset``.
+            or several of them; or a mixture of data sets, as a list of TRL's ``DatasetConfig``.
         prompt_field: name of the prompt's field. With several names, separated by commas, the
             fields are joined by an empty line.
         completion_field: name of the completion's field.
@@ -132,24 +133,20 @@ def read_examples(
         [{'prompt': '1 + 1', 'completion': '2'}]
     """
     names = [name.strip() for name in prompt_field.split(",")]
+    row_of: Any = _row if task == "sft" else functools.partial(_task_row, task)
+    if isinstance(source, list) and source and isinstance(source[0], dict):
+        mixed = enumerate(_loaded(source, option, of_hub))
+        return [row_of(f"datasets, row {i}", row, names, completion_field) for i, row in mixed]
     rows: list[Row] = []
-    for name, arguments in _sources(source, option, of_hub):
+    for name in files_of(source, option):
         before = len(rows)
         try:
-            for where, value in _values(name, option, arguments):
-                rows.append(_row_of(task)(where, value, names, completion_field))
+            rows += (row_of(*p, names, completion_field) for p in _values(name, option, of_hub))
         except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{name}: no {Path(name).suffix} that parses: {error}.") from None
         if len(rows) == before:
             raise DataError(f"{name}: expected at least one example, got an empty file.")
     return rows
-
-
-def _sources(source: Any, option: str, of_hub: Row) -> list[tuple[str, Row]]:
-    """Return every file or data set with the arguments of ``load_dataset``."""
-    if isinstance(source, list) and source and isinstance(source[0], dict):
-        return [(str(each.get("path")), each) for each in source]
-    return [(name, of_hub) for name in files_of(source, option)]
 
 
 def _values(source: str, option: str, of_hub: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -230,10 +227,13 @@ def _table(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
         yield where, row
 
 
-def _loaded(source: str, option: str, of_hub: dict[str, Any]) -> Iterable[Any]:
+def _loaded(
+    source: str | list[dict[str, Any]], option: str, of_hub: dict[str, Any]
+) -> Iterable[Any]:
+    """Load a Parquet file, a hub data set, or a mixture as TRL does."""
     from rasa_ext.commands.models import go_offline_without_hub
 
-    file = Path(source).is_file()
+    file = isinstance(source, str) and Path(source).is_file()
     if not file:
         go_offline_without_hub()
     import datasets  # only now: importing it reads whether it is offline
@@ -242,9 +242,13 @@ def _loaded(source: str, option: str, of_hub: dict[str, Any]) -> Iterable[Any]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below has the message
     place = {"path": "parquet", "data_files": source} if file else {"path": source, **of_hub}
     try:
+        if isinstance(source, list):
+            trl: Any = importlib.import_module("trl")
+            return trl.get_dataset(trl.DatasetMixtureConfig(datasets=[*source]))["train"]
         return datasets.load_dataset(**{"split": "train", **place})
     except Exception as error:
         what = "no Parquet file" if file else "neither a file nor a hub data set"
+        what = what if isinstance(source, str) else "no mixture"
         raise DataError(f"{option}: {source!r} is {what} that can be loaded: {error}") from error
 
 
@@ -273,11 +277,6 @@ def _row(where: str, value: Any, prompts: Sequence[str], completion: str) -> Row
     if len(texts) == 1:
         return {"text": texts[0]}
     return {"prompt": "\n\n".join(filter(None, texts[:-1])), "completion": texts[-1]}
-
-
-def _row_of(task: str) -> Any:
-    """Return the function that makes a task's row of a decoded value."""
-    return _row if task == "sft" else functools.partial(_task_row, task)
 
 
 def _task_row(task: str, where: str, value: Any, prompts: Sequence[str], completion: str) -> Row:
