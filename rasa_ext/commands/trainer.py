@@ -31,12 +31,14 @@ IGNORE = -100  # label of a token without loss; the default of torch's cross ent
 class Training(Trainer):
     """What all trainers do differently from TRL's.
 
+    - The linear schedule rises from the first step and reaches zero only after the last.
     - An evaluation does not change the random numbers that dropout draws afterwards.
     - No telemetry is sent, and saving makes no request to the hub. The model card is this
       package's and is written only into the output directory.
     - A checkpoint has the run's options, with which a run that continues compares its own.
     """
 
+    lr_scheduler: Any
     record = "{}"
     skeleton: Any = None
     """The base on the meta device with the adapter, for the card."""
@@ -59,6 +61,29 @@ class Training(Trainer):
         rng = torch.random.fork_rng(devices=[])  # a data loader draws a seed on the CPU
         with rng, working("Measuring the held-out loss"):
             return super().evaluate(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create a linear rise over the warm-up's share of the steps, and a linear fall.
+
+        Other schedules are Trainer's, with this warm-up.
+        """
+        if self.args.lr_scheduler_type != "linear":
+            self.args.warmup_steps = self._rise(num_training_steps)
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            rise = self._rise(num_training_steps)
+
+            def rate(step: int) -> float:
+                if step < rise:
+                    return (step + 1) / (rise + 1)
+                return max(0, num_training_steps - step) / max(1, num_training_steps - rise)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
+
+    def _rise(self, steps: int) -> int:
+        given = self.args.warmup_steps
+        return int(given if given >= 1 else given * steps)
 
     def compare_trainer_and_checkpoint_args(self, *args: Any) -> None:
         """Do nothing: the command compares its own options, and may change when it saves."""
@@ -91,7 +116,6 @@ class AdapterTrainer(Training, SFTTrainer):
 
     - The optimizer uses the method's own rates. Checkpoints contain only the adapter's weights.
     - Over a quantized base the adapter stays in float32, which TRL would round to bfloat16.
-    - The linear schedule rises from the first step and reaches zero only after the last.
     - On a CPU, logits are computed only at positions where some row has a loss. TRL computes all of
       them, and some metrics. Forward and backward of SmolLM2-135M over four word problems, with a
       loss on a quarter of the tokens, take 3.2 s instead of 4.6 (one core of an EPYC, float32,
@@ -99,7 +123,6 @@ class AdapterTrainer(Training, SFTTrainer):
     - The held-out loss is a mean over tokens, so it does not depend on the batch size.
     """
 
-    lr_scheduler: Any
     optimizer: Any
 
     def __init__(
@@ -108,10 +131,8 @@ class AdapterTrainer(Training, SFTTrainer):
         args: SFTConfig,
         *,
         adapter: AdapterConfig | None = None,
-        warmup: float = 0.0,
         **options: Any,
     ) -> None:
-        self.warmup = warmup
         set_seed(args.seed)
         if adapter is not None:
             rasa_ext.patch_model(model, config=adapter)
@@ -168,28 +189,6 @@ class AdapterTrainer(Training, SFTTrainer):
             )
             self.optimizer = kind(groups, **settings)
         return super().create_optimizer(model)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create a linear rise over the warm-up's share of the steps, and a linear fall.
-
-        Other schedules are Trainer's, with the warm-up of this trainer.
-        """
-        if self.args.lr_scheduler_type != "linear":
-            self.args.warmup_steps = self._rise(num_training_steps)
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            rise = self._rise(num_training_steps)
-
-            def rate(step: int) -> float:
-                if step < rise:
-                    return (step + 1) / (rise + 1)
-                return max(0, num_training_steps - step) / max(1, num_training_steps - rise)
-
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
-        return self.lr_scheduler
-
-    def _rise(self, steps: int) -> int:
-        return int(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate like Trainer's method, but average the loss over all trained tokens."""

@@ -52,7 +52,7 @@ from rasa_ext.commands.output import INTERRUPTED, working
 from rasa_ext.commands.parsing import check_differs
 from rasa_ext.commands.results import describe, figures, write_folder
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset, trainer_of
-from rasa_ext.methods import AdapterConfig
+from rasa_ext.methods import AdapterConfig, read_method
 from rasa_ext.patching.grouping import as_saved
 from rasa_ext.writing import WriteError, created, is_full, write_error
 
@@ -115,7 +115,7 @@ def train(
 def check_output(options: Options) -> None:
     """Raise if this run must not write into its folder."""
     output, data = options.output, options.data
-    if processes() > 1 and torch.distributed.is_initialized() and torch.distributed.get_rank():
+    if _is_another():
         return  # the first process may have written by now
     trained = any(output.glob("checkpoint-*/trainer_state.json"))
     if trained and not (data.resume or data.overwrite):
@@ -195,6 +195,7 @@ def _train(
     for callback in steps:
         trainer.add_callback(callback)
     progress = Progress(console, figures(task))
+    result: dict[str, Any] = {}
     state = checkpoint and TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if state and state.global_step >= state.max_steps:
         console.print(f"The run in {output} is complete: {state.global_step} steps.")
@@ -205,8 +206,7 @@ def _train(
             trainer._load_from_checkpoint(str(checkpoint))
         for callback in steps:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
-        if (before := _result_of(output)).get("step") == state.global_step:
-            return before
+        result = _result_of(output)
     else:
         if trainer.is_world_process_zero():
             output.mkdir(parents=True, exist_ok=True)
@@ -219,9 +219,10 @@ def _train(
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
-    trainer.model.eval()
-    trainer.asked = _asked(options, trainer, list(examples.values())[-1][0])
-    result = write_folder(trainer, options, stopped, trained, progress)
+    if result.get("step") != trainer.state.global_step:
+        trainer.model.eval()
+        trainer.asked = _asked(options, trainer, list(examples.values())[-1][0])
+        result = write_folder(trainer, options, stopped, trained, progress)
     if not loaded:
         unpatch(model)
         vars(model).pop("forward", None)  # TRL's own forward, which can omit logits
@@ -267,8 +268,6 @@ def _adapter(options: Options, skeleton: Any) -> tuple[AdapterConfig, dict[str, 
         return dataclasses.replace(lora.config, template=options.data.template), lora.tensors
     if k is not None:
         raise ValueError(f"k: expected none, as init_adapter has its own, got {k}.")
-    from rasa_ext.methods import read_method
-
     return dataclasses.replace(read_method(settings), template=options.data.template), tensors
 
 
@@ -311,8 +310,7 @@ def _trainer(
                 config = dataclasses.replace(config, template=False)
             _for_sft(arguments, marks, plain)
             adapter = as_saved(config) if tensors else config
-            warmup = arguments.warmup_steps
-            trainer = AdapterTrainer(model, arguments, adapter=adapter, warmup=warmup, **given)
+            trainer = AdapterTrainer(model, arguments, adapter=adapter, **given)
             if tensors:
                 load_tensors_into(
                     trainer.base_model, config, tensors, str(options.data.init_adapter)
@@ -326,7 +324,6 @@ def _trainer(
 
 def _for_sft(arguments: Any, marks: bool, plain: bool) -> None:
     arguments.assistant_only_loss = marks
-    arguments.dataset_text_field = "text"  # whatever the data's fields are named
     arguments.packing_strategy = "bfd_split" if plain else "bfd"  # bfd cuts longer examples
     arguments.eval_packing, arguments.prediction_loss_only = False, True
 
@@ -439,7 +436,7 @@ def reserved(output: Path, record: Path, *, new: bool) -> Iterator[None]:
     After an error that came before the first step, nothing is left there.
     Raises ValueError if another run has the folder.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if _is_another():
         yield
         return
     with created(output), contextlib.ExitStack() as stack:
@@ -453,6 +450,11 @@ def reserved(output: Path, record: Path, *, new: bool) -> Iterator[None]:
         finally:
             if not record.stat().st_size:
                 record.unlink()
+
+
+def _is_another() -> bool:
+    """Return whether this is another process than the first."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def processes() -> int:

@@ -315,6 +315,8 @@ def test_a_given_model_is_left_as_it_was(options):
     before = copy.deepcopy(model)
     run(options, model, max_steps=1)
     assert same_adapters(model, before)
+    run(options, model, max_steps=1, resume=True)  # the run is complete
+    assert same_adapters(model, before)
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 320)
 
 

@@ -200,6 +200,30 @@ def test_a_mixture_of_data_sets(there, tmp_path):
     assert "16 examples" in text
 
 
+def test_a_mixture_takes_what_trl_s_does(there, tmp_path):
+    """Columns are chosen, and shares of data sets."""
+    (tmp_path / "more.jsonl").write_text('{"prompt": "a", "completion": "b", "id": 1}\n' * 8)
+    columns = {"columns": ["prompt", "completion"]}
+    more = {"path": "json", "data_files": str(tmp_path / "more.jsonl"), **columns}
+    sets = [more | {"fraction": 0.25}, more | {"data_files": "sft.jsonl", "fraction": 0.75}]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"datasets": sets}))
+    words = [word for word in line("sft", tmp_path / "out") if word not in ("--data", "sft.jsonl")]
+    text = invoke(*words, "--config", tmp_path / "mix.yaml", "--dry-run")
+    assert "json, json: 11 examples." in text  # 3 and 8 of 8
+    (tmp_path / "mix.yaml").write_text(
+        yaml.safe_dump({"datasets": [{"path": "json", "colums": 1}]})
+    )
+    assert "colums" in invoke(*words, "--config", tmp_path / "mix.yaml", code=1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_first_step_trains(task, there, tmp_path):
+    words = line(task, tmp_path / "out")
+    words[words.index("--max-steps") + 1] = "1"
+    invoke(*words)
+    assert [row[2] for row in losses(tmp_path / "out")] == [0.05]
+
+
 def test_evaluations_may_follow_epochs(there, tmp_path):
     words = line("sft", tmp_path / "out", "--eval-data", "sft.jsonl", "--eval-strategy", "epoch")
     words[words.index("--max-steps") : words.index("--max-steps") + 2] = ["--epochs", "2"]
