@@ -27,7 +27,16 @@ import pictures  # noqa: E402
 import typer  # noqa: E402
 
 from rasa_ext.commands.app import app  # noqa: E402
-from rasa_ext.commands.options import HELP, SHORT, TASKS, Base, Data, Rewards, short  # noqa: E402
+from rasa_ext.commands.options import (  # noqa: E402
+    HELP,
+    SHORT,
+    TASKS,
+    BaseOptions,
+    Data,
+    Rewards,
+    help_of,
+    short,
+)
 from rasa_ext.methods import AdapterConfig  # noqa: E402
 
 PART = re.compile(
@@ -40,8 +49,7 @@ def options(package: str) -> str:
     group = typer.main.get_command(app)
     index, parts = [], []
     for name, command in group.commands.items():
-        callbacks = [each.callback for each in getattr(command, "commands", {"": command}).values()]
-        if not callbacks[0].__module__.startswith(f"{package}."):
+        if not command.callback.__module__.startswith(f"{package}."):
             continue
         text = inspect.cleandoc(command.help)
         if name in (*TASKS, "finetune"):
@@ -64,13 +72,10 @@ def task(name: str) -> str:
         more = f" Also:\n{more}" if name in ("grpo", "rloo") else ""
         return f"{head} Options are as for [sft](#sft).{more}"
     parts = [f"{head} `rasa-ext finetune` is the same command."]
-    for group, rows in HELP.items():
-        texts = {
-            name: text.format(rows=kind.rows, lr=f"{kind.lr:g}") for name, text in rows.items()
-        }
-        parts += [f"**{group}**", "\n".join(entry(f"`{n}`", text) for n, text in texts.items())]
-    shown = {name for rows in HELP.values() for name in rows}
-    own = [each for kind in (Data, Base) for each in dataclasses.fields(kind)]
+    for group, rows in help_of(name).items():
+        parts += [f"**{group}**", "\n".join(entry(f"`{n}`", text) for n, text in rows.items())]
+    shown = {each for rows in HELP.values() for each in rows}
+    own = [each for kind in (Data, BaseOptions) for each in dataclasses.fields(kind)]
     more = [each for each in own if dashed(short(each.name)) not in shown]
     parts += ["**More**", "\n".join(map(field_entry, more))]
     parts.append(

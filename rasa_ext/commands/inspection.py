@@ -41,7 +41,7 @@ def inspect(
         rank: For a model: the new adapter's rank.
         k: For a model: ranks per layer that go to the shared pool. [default: rank // 8]
         target_modules: For a model: as in `rasa-ext sft`.
-        experts: For a model: adapt its experts too; slot, layer or shared, as in finetune.
+        experts: For a model: adapt its experts too; slot, layer or shared, as in sft.
         spectrum: For an adapter: show the layers' effective ranks and use of the pool instead.
     """
     from rasa_ext.commands.models import is_model

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rasa_ext.commands.parsing import check_least, check_seed
+from rasa_ext.commands.parsing import check_dtype, check_least, check_seed, parse_targets
 
 
 class Task(NamedTuple):
@@ -173,7 +173,7 @@ class Rewards:
 
 
 @dataclasses.dataclass
-class Base:
+class BaseOptions:
     """The base model."""
 
     model_name_or_path: str = _option(
@@ -198,7 +198,7 @@ class Options:
     data: Data
     training: Any
     """TRL's config."""
-    base: Base
+    base: BaseOptions
     rewards: Rewards
     adapter: dict[str, Any]
     """Fields of the method's config, and ``method``, as they were given."""
@@ -276,7 +276,7 @@ def make_parser(task: str, method: str = "rasa") -> Any:
     """Return the parser of a task's options, with the fields of a method's config."""
     trl: Any = importlib.import_module("trl")
     parsing: Any = importlib.import_module("transformers.hf_argparser")
-    kinds = [getattr(trl, f"{TASKS[task].kind}Config"), Data, Base, _adapter_fields(method)]
+    kinds = [getattr(trl, f"{TASKS[task].kind}Config"), Data, BaseOptions, _adapter_fields(method)]
     kinds += [Rewards] if task in ("grpo", "rloo") else []
     made = type("Parser", (_Parser, parsing.HfArgumentParser), {})
     parser = made(kinds, prog=f"rasa-ext {task}", allow_abbrev=False, add_help=False)
@@ -368,16 +368,16 @@ def _options(
     of_data = Data(**data)
     if mixture := values.get("datasets"):
         of_data.data = list(mixture)
-    _check(task, of_data, Base(**base), values)
+    _check(task, of_data, BaseOptions(**base), values)
     of_adapter = {name: value for name, value in adapter.items() if value is not None}
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if name in of_adapter:
-            of_adapter[name] = _names(name, of_adapter[name])
+            of_adapter[name] = parse_targets(",".join(of_adapter[name]), name)
     made = Options(
         task,
         of_data,
         None,
-        Base(**base),
+        BaseOptions(**base),
         Rewards(*(rewards or [{}])[0].values()),
         of_adapter,
         _shortened(values),
@@ -413,10 +413,9 @@ def _shortened(values: Mapping[str, Any]) -> dict[str, Any]:
     return {short(name): value for name, value in values.items() if name not in _OURS}
 
 
-def _check(task: str, data: Data, base: Base, values: Mapping[str, Any]) -> None:
+def _check(task: str, data: Data, base: BaseOptions, values: Mapping[str, Any]) -> None:
     """Check what TRL does not, and what it would check late."""
     from rasa_ext.commands.data import files_of
-    from rasa_ext.commands.parsing import check_dtype
     from rasa_ext.commands.paths import SMOLLM2, check_adapter, check_model
 
     if not base.model_name_or_path:
@@ -464,10 +463,8 @@ def _schedule(options: Options, config: dict[str, Any]) -> None:
     if options.evaluates:
         if config["eval_strategy"] == "no":
             config["eval_strategy"] = "steps"
-        if (
-            config["eval_steps"] is None and config["eval_strategy"] == "steps"
-        ):  # below 1 a share; 1 - 1e-9 is the last step alone
-            best = config["load_best_model_at_end"]
+        if config["eval_steps"] is None and config["eval_strategy"] == "steps":
+            best = config["load_best_model_at_end"]  # a share below 1; 1 - 1e-9 is the last step
             config["eval_steps"] = config["save_steps"] if best else 1 - 1e-9
         config["eval_on_start"] = not options.data.resume
     elif config["load_best_model_at_end"] or config["eval_steps"] is not None:
@@ -582,18 +579,6 @@ def _of_accelerate() -> set[str]:
     return {name for name in found if name.startswith("--") and name != "--module"}
 
 
-def _names(option: str, given: list[str]) -> str | list[str]:
-    """Return name suffixes, which commas may separate, or the expression after ``regex:``."""
-    if len(given) == 1 and given[0].startswith("regex:"):
-        return given[0].removeprefix("regex:")
-    if given == ["all-linear"]:
-        return "all-linear"
-    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
-    if not names or any(re.search(r"[\[\]\"']", name) for name in names):
-        raise ValueError(f"{option}: expected names such as q_proj,v_proj, got {given}.")
-    return names
-
-
 def _rank_pattern(file: str) -> Any:
     """Read ranks from a file, at the top level or under ``rank_pattern``."""
     try:
@@ -607,7 +592,7 @@ def _rank_pattern(file: str) -> Any:
 
 HELP = {
     "Model and data": {
-        "--model": "Base model: hub id, directory or .gguf file; or smollm2.",
+        "--model": "BaseOptions model: hub id, directory or .gguf file; or smollm2.",
         "--data": "Files, patterns of files, or a hub data set, with {rows}.",
         "--eval-data": "Held-out data, in the same forms.",
         "--test-split": "Or a share of the data to hold out.",
@@ -639,21 +624,23 @@ HELP = {
 """The options that matter, by group; ``--help-all`` prints every one."""
 
 
+def help_of(task: str) -> dict[str, dict[str, str]]:
+    """Return what ``HELP`` says of a task, by group and option."""
+    kind = TASKS[task]
+    found = {
+        group: {name: text.format(rows=kind.rows, lr=f"{kind.lr:g}") for name, text in rows.items()}
+        for group, rows in HELP.items()
+    }
+    if task in ("grpo", "rloo"):
+        text = "Functions: MODULE.FUNCTION, or one of TRL's names."
+        found["Model and data"]["--reward-funcs"] = text
+    return found
+
+
 def short_help(task: str) -> str:
     """Return the help of a task with the options that matter, without an import of TRL."""
-    kind = TASKS[task]
-    lines = [f"Usage: rasa-ext {task} [OPTIONS]", "", f"  {kind.about}"]
-    more = {"--reward-funcs": "Functions: MODULE.FUNCTION, or one of TRL's names."}
-    for group, options in HELP.items():
-        shown = {
-            **options,
-            **(more if task in ("grpo", "rloo") and group == "Model and data" else {}),
-        }
-        lines += ["", f"{group}:"]
-        lines += [
-            f"  {name:17}{text.format(rows=kind.rows, lr=f'{kind.lr:g}')}"
-            for name, text in shown.items()
-        ]
-    return "\n".join(
-        [*lines, "", "  --help-all lists every option of TRL's trainer, the model and the data."]
-    )
+    lines = [f"Usage: rasa-ext {task} [OPTIONS]", "", f"  {TASKS[task].about}"]
+    for group, rows in help_of(task).items():
+        lines += ["", f"{group}:", *(f"  {name:17}{text}" for name, text in rows.items())]
+    more = "  --help-all lists every option of TRL's trainer, the model and the data."
+    return "\n".join([*lines, "", more])

@@ -24,11 +24,12 @@ Overwrite = Annotated[
 ]
 
 
-def parse_targets(text: str) -> str | list[str]:
+def parse_targets(text: str, option: str = "target_modules") -> str | list[str]:
     """Parse `--target-modules`: "all-linear", comma-separated suffixes, or `regex:` and a pattern.
 
     Args:
         text: the option's value.
+        option: the option's name, for errors.
 
     Returns:
         The value for the field ``target_modules`` of a config.
@@ -46,9 +47,9 @@ def parse_targets(text: str) -> str | list[str]:
     if text.startswith("regex:"):
         return text.removeprefix("regex:")  # the config checks the expression
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        forms = "'all-linear', names separated by commas, or 'regex:' and an expression"
-        raise ValueError(f"target_modules: expected {forms}, got {text!r}.")
+    if not names or any(set("[]\"'") & set(name) for name in names):
+        forms = "names such as q_proj,v_proj, 'all-linear', or 'regex:' and an expression"
+        raise ValueError(f"{option}: expected {forms}, got {text!r}.")
     return names
 
 

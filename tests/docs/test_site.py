@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
-from rasa_ext.commands.options import TASKS, Base, Data, short
+from rasa_ext.commands.options import TASKS, BaseOptions, Data, short
 from tests.helpers.pages import COMMANDS, PAGES, RESEARCH, ROOT, blocks
 from tests.helpers.processes import run_whole
 
@@ -35,7 +35,7 @@ def test_the_command_s_page_has_every_option():
         if name not in TASKS:
             assert shown == {each.opts[0] for each in COMMANDS[name].params}
         elif name == "sft":
-            own = {f"--{short(each.name)}" for each in (*fields(Data), *fields(Base))}
+            own = {f"--{short(each.name)}" for each in (*fields(Data), *fields(BaseOptions))}
             assert {each.replace("_", "-") for each in own} <= shown
     ours = {n for n, each in COMMANDS.items() if each.callback.__module__.startswith("rasa_ext.")}
     assert set(sections) == ours - {"finetune"}

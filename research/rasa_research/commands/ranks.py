@@ -21,9 +21,7 @@ def ranks(
         str,
         typer.Argument(help="Hub id, local directory, .gguf file, or smollm2.", show_default=False),
     ],
-    data: Annotated[
-        str, typer.Argument(help="Data in a form that finetune takes.", show_default=False)
-    ],
+    data: Annotated[str, typer.Argument(help="Data in a form that sft takes.", show_default=False)],
     output: Annotated[
         Path | None,
         typer.Option(help="JSON file for the dimensions, the ranks and the rank_pattern."),
