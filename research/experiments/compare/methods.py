@@ -40,9 +40,8 @@ def prepared(
     if bfloat16:
         model = model.to(torch.bfloat16)
     if spec["kind"] == "rasa":
-        return rasa_ext.patch_model(
-            model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"]), start="paper"
-        )
+        given = {"alpha": float(spec["alpha"]), "start": spec.get("start", "paper")}
+        return rasa_ext.patch_model(model, rank=spec["rank"], k=spec["k"], **given)
     if spec["kind"] == "started":
         model = rasa_ext.patch_model(
             model, rank=spec["rank"], k=spec["k"], target_modules=targets(spec)
