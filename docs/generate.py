@@ -132,9 +132,11 @@ def fields(name: str) -> str:
 
 
 def file(path: str) -> str:
-    """Show a file of the repository whole."""
+    """Show a file of the repository whole, folded."""
     language = {".py": "py", ".yaml": "yml"}[Path(path).suffix]
-    return f"```{language}\n{(DOCS.parent / path).read_text().rstrip()}\n```"
+    code = f"```{language}\n{(DOCS.parent / path).read_text().rstrip()}\n```"
+    summary = f"<summary><code>{path}</code></summary>"
+    return f'<details markdown="1">{summary}\n\n{code}\n\n</details>'
 
 
 def located(name: str) -> Any:

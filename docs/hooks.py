@@ -1,14 +1,15 @@
-"""Hooks of mkdocs: links to the repository, pictures by scheme, the demo's notebook as a page."""
+"""Hooks of mkdocs: links to the repository, pictures by scheme, and the rank of pages in search."""
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
-PICTURE = re.compile(r'<picture>.*srcset="(.+)">\n<img src="(.+?)".* alt="(.+)"></picture>')
+PICTURE = re.compile(
+    r'<picture><source\s[^>]*srcset="([^"]+)">\s*<img\s+src="([^"]+)"[^>]*alt="([^"]+)"></picture>'
+)
 
 
 def on_config(config):
@@ -21,28 +22,17 @@ def on_config(config):
     return config
 
 
-def on_files(files, config):
-    """Add the notebook's page, which no file holds."""
-    from mkdocs.structure.files import File  # here, since the tests have no mkdocs
-
-    cells = json.loads((Path(config.docs_dir) / "demo.ipynb").read_text())["cells"]
-    files.append(File.generated(config, "demo.md", content="\n\n".join(map(shown, cells)) + "\n"))
-    return files
-
-
-def shown(cell):
-    """Return a cell of a notebook as markdown, with what it printed."""
-    text = "".join(cell["source"])
-    if cell["cell_type"] == "markdown":
-        return text
-    printed = "".join("".join(each.get("text", "")) for each in cell["outputs"])
-    return f"```python\n{text}\n```" + (f"\n\n```text\n{printed}```" if printed else "")
-
-
 def on_page_markdown(markdown, page, config, files):
     """Select pictures by the page's color scheme, which may differ from the browser's.
 
-    Links to the notebook lead to its page.
+    In search, pages for developers come after pages for users.
     """
-    markdown = markdown.replace("(demo.ipynb)", "(demo.md)")
-    return PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", markdown)
+    if any(each.title == "Developers" for each in page.ancestors):
+        page.meta["search"] = {"boost": 0.2}
+    return PICTURE.sub(both_schemes, markdown)
+
+
+def both_schemes(picture):
+    """Return the Markdown of a picture in a light and a dark scheme."""
+    dark, light, text = (" ".join(part.split()) for part in picture.groups())
+    return f"![{text}]({light}#only-light)![{text}]({dark}#only-dark)"

@@ -1,12 +1,8 @@
-"""Convert a page of the documentation to a Jupyter notebook, and renew a notebook's outputs.
-
-python docs/notebook.py docs/demo.ipynb
-"""
+"""Convert a page of the documentation to a Jupyter notebook."""
 
 from __future__ import annotations
 
 import re
-import sys
 
 import nbformat
 from nbformat import v4
@@ -47,22 +43,3 @@ def from_markdown(page: str) -> str:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return nbformat.writes(v4.new_notebook(cells=cells, metadata=metadata)) + "\n"
-
-
-def with_prints_only(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Leave out of the outputs what changes from run to run: warnings, progress bars and times."""
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            texts = (each.text for each in cell.outputs if each.get("name") == "stdout")
-            printed = "".join(texts)
-            cell.outputs = [v4.new_output("stream", text=printed)] if printed else []
-            cell.execution_count = None
-            cell.metadata.pop("execution", None)
-    return book
-
-
-if __name__ == "__main__":
-    from nbclient import NotebookClient  # here, since only this needs it
-
-    read = nbformat.read(sys.argv[1], as_version=4)
-    nbformat.write(with_prints_only(NotebookClient(read).execute()), sys.argv[1])

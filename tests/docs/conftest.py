@@ -1,6 +1,8 @@
 """Fixtures that run pages, also for the pages of research; docs/ is importable."""
 
 import functools
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,16 @@ def models(tmp_path_factory) -> Path:
     """Return a folder with the hub cache that pages read, and ``smollm2``."""
     folder = tmp_path_factory.mktemp("models")
     pages.save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """Return the folder of the built site."""
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    subprocess.run(build, cwd=pages.ROOT, env=quiet, check=True, capture_output=True)
     return folder
 
 

@@ -5,9 +5,10 @@ import json
 import re
 import sys
 from dataclasses import fields
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
 
 import generate
-import hooks
 import notebook
 import pytest
 import run_page
@@ -101,17 +102,42 @@ def test_a_page_is_given_its_output():
     assert output.sub("", done) == output.sub("", page)
 
 
-def test_the_site_shows_every_picture_as_it_is_lit():
-    text = (ROOT / "docs" / "how.md").read_text()
-    shown = hooks.on_page_markdown(text, None, None, None)
-    assert "<picture>" not in shown
-    assert text.count("<picture>") == shown.count("-dark.svg#only-dark)") > 0
+class Links(HTMLParser):
+    """What a built page leads to, and the anchors that it has."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.anchors = [], {""}
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.anchors |= {given[key] for key in ("id", "name") if given.get(key)}
+        self.found += [given[key] for key in ("src", "href", "srcset") if given.get(key)]
 
 
-def test_a_cell_is_shown_with_its_output():
-    cell = {"cell_type": "code", "source": ["x = 2\n", "print(x)"], "outputs": [{"text": ["2\n"]}]}
-    assert hooks.shown(cell) == "```python\nx = 2\nprint(x)\n```\n\n```text\n2\n```"
-    assert hooks.shown({"cell_type": "markdown", "source": ["A ", "B"]}) == "A B"
+def test_every_picture_and_link_of_the_site_leads_somewhere(site):
+    """mkdocs checks what is written in Markdown, not what hooks and HTML make."""
+    built = {page.resolve(): Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    dead, pictures = [], 0
+    for page, links in built.items():
+        for link in map(urlsplit, links.found):
+            if link.scheme or link.netloc:
+                continue
+            to = (page.parent / unquote(link.path)).resolve() if link.path else page
+            to = to / "index.html" if to.is_dir() else to
+            pictures += to.suffix in (".svg", ".png")
+            if not to.is_file() or (to in built and link.fragment not in built[to].anchors):
+                dead.append((page.relative_to(site), link.geturl()))
+    assert dead == []
+    assert pictures > 20
+
+
+def test_the_site_shows_every_picture_as_it_is_lit(site):
+    written = sum(page.read_text().count("<picture>") for page in (ROOT / "docs").rglob("*.md"))
+    text = "".join(page.read_text() for page in site.rglob("*.html"))
+    assert "<picture" not in text
+    assert text.count("#only-light") == text.count("#only-dark") == written > 0
 
 
 @pytest.mark.parametrize("page", PAGES + RESEARCH, ids=lambda page: page.name)
