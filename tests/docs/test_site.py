@@ -118,7 +118,9 @@ class Links(HTMLParser):
 
 def test_every_picture_and_link_of_the_site_leads_somewhere(site):
     """mkdocs checks what is written in Markdown, not what hooks and HTML make."""
-    built = {page.resolve(): Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    built = {
+        page.resolve(): Links(page) for page in site.rglob("*.html") if page.name != "404.html"
+    }
     dead, pictures = [], 0
     for page, links in built.items():
         for link in map(urlsplit, links.found):

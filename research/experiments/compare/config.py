@@ -42,9 +42,9 @@ OPTIONS = {
 """Optional keys of some kinds; every kind may also have "share" and "against".
 
 "ranks": plan the ranks by ``methods.planned``. "blocks": adapt these blocks only. "start": that of
-``patch_model``, by default "paper". "optimizer": options for ``methods.optimizer``. "d_lr_ratio": the rate of d over that of the rest. "share": the
-share of the task's steps that the method trains for, by default 1. "against": the methods that the
-report subtracts from this one, by default
+``patch_model``, by default "paper". "optimizer": options for ``methods.optimizer``. "d_lr_ratio":
+the rate of d over that of the rest. "share": the share of the task's steps that the method trains
+for, by default 1. "against": the methods that the report subtracts from this one, by default
 ``REFERENCE``.
 """
 REFERENCE = "lora-r8"
