@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -76,11 +77,13 @@ def stages(device: str, quick: bool, work: Path) -> list[Stage]:
 
 def tests(cuda: bool, quick: bool, work: Path) -> Stage:
     """Return the stage of all files with GPU tests; other files may need missing packages."""
-    half = str(max(1, (os.cpu_count() or 1) // 2))
-    # Distribute by test, not by file as elsewhere: a few files have most of the tests. A file that
-    # cannot be imported is an error, but the other tests still run.
-    how = ("-q", "-n", half, "--dist", "worksteal", "--continue-on-collection-errors")
-    how += ("-m", "gpu" if cuda else "not gpu", f"--junitxml={work / 'tests.xml'}")
+    # A file that cannot be imported is an error, but the other tests still run.
+    how = ("-q", "--continue-on-collection-errors", f"--junitxml={work / 'tests.xml'}")
+    how += ("-m", "gpu" if cuda else "not gpu")
+    if importlib.util.find_spec("xdist"):
+        half = str(max(1, (os.cpu_count() or 1) // 2))
+        # Distribute by test, not by file as elsewhere: a few files have most of the tests.
+        how += ("-n", half, "--dist", "worksteal")
     files = ["tests/ops/test_linear.py", "-k", "test_any_strides"] if quick else gpu_test_files()
     command = (PYTHON, "-m", "pytest", *how, *files)
     return Stage("tests", command, 100, at_once=CHECKS)

@@ -1,5 +1,6 @@
 """The GPU report, run on a CPU. No test checks times."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -119,3 +120,27 @@ def test_the_verdict_is_of_the_first_step_and_names_what_failed():
     for said in ("ours 1.100, predicted 1.1", "PEFT r = 8 1.300", "0.909", "0.957"):
         assert said in verdict
     assert "tests failed: x" in verdict
+
+
+def test_the_verdict_says_why_a_ratio_is_missing():
+    head = {"what": "step", "block": "tiny", "dtype": "bfloat16", "M": 64, "r": 8, "dropout": 0.0}
+    rows = [{**head, "variant": name, "us": 100.0} for name in ("frozen", "ours")]
+    rows += [{**head, "variant": "peft r=8", "failed": "No module named 'peft'"}]
+    first, *_ = staged.verdict([{"name": "step", "status": "ok", "rows": rows}])
+    assert "not predicted" in first
+    assert "PEFT r = 8 not measured (No module named 'peft')" in first
+
+
+@pytest.mark.parametrize(("module", "status"), [("peft", "ok"), ("rasa_ext.x", "failed")])
+def test_only_a_missing_package_is_no_failure(module, status, tmp_path, monkeypatch):
+    """pytest itself ends with an error if a file cannot be imported."""
+    (tmp_path / "peft.py").write_text("raise ModuleNotFoundError(\"No module named 'peft'\")")
+    (tmp_path / "test_a.py").write_text(f"import {module}\n")
+    (tmp_path / "test_b.py").write_text("def test_b():\n    pass\n")
+    monkeypatch.setattr(gpu_report, "gpu_test_files", lambda: [str(tmp_path)])
+    stage = gpu_report.tests(cuda=False, quick=False, work=tmp_path)
+    stage = dataclasses.replace(stage, variables={"PYTHONPATH": str(tmp_path)})
+    (record,) = staged.run([stage], 60.0, tmp_path)
+    assert record["status"] == status, record["tail"]
+    assert record["counts"]["errors"] == (status == "failed")
+    assert ("1 files without peft" in staged.said(record)) == (status == "ok")
