@@ -195,9 +195,10 @@ def operations(
 ) -> list[list[passes.Op]]:
     """Return what a variant runs, for each X that some linears of the layer read.
 
-    ``layers`` layers are packed at once, by default all of the model.
+    ``layers`` layers are packed at once, by default all of the model; one in a CUDA graph.
     """
     name = variant.removesuffix(" graph").removesuffix(" cublas")
+    graph = variant.endswith(" graph")
     of_rank, peft = name == "peft r", name.startswith("peft")
     k = max(rank // 8, 1)
     R = rank if of_rank else layer.effective_rank(rank, k)
@@ -212,12 +213,13 @@ def operations(
             multiple=16 if itemsize == 2 else 8,
             dropout=dropout > 0,
             biased=linears[0].name in biased,
-            layers=layers or layer.layers,
+            layers=1 if graph else layers or layer.layers,
             kernels=not variant.endswith(" cublas"),
         )
         alone = name == "ours fused" and len(linears) == 1
         its = "ours" if alone else "peft" if peft else name
-        made.append(passes.ops(passes.BY_NAME[its], linears, setting))
+        chosen = passes.BY_NAME[its]
+        made.append(passes.ops(passes.captured(chosen) if graph else chosen, linears, setting))
     return made
 
 

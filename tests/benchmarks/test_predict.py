@@ -2,9 +2,11 @@
 
 import sys
 
+import pytest
+
 from benchmarks import passes, predict, records
 from benchmarks.passes import Setting
-from benchmarks.shapes import Linear
+from benchmarks.shapes import BLOCKS, Linear
 
 
 def operators(tokens: int, **setting) -> list[passes.Op]:
@@ -32,6 +34,16 @@ def test_the_bytes_of_an_adapted_linear():
     assert [op.launches for op in found] == [1] * 8 + [1 / 3] * 3
     biased = [op.bytes for op in operators(M, biased=True)]
     assert sum(biased) - sum(expected) == 2 * out  # the bias is added while writing the result
+
+
+def test_a_captured_layer_packs_for_itself():
+    """Three launches for every linear, not for every group, and two sums of the pool's gradient."""
+    layer = BLOCKS["llama-3.1-8b"]
+    eager, captured = (
+        sum(op.launches for group in predict.operations(layer, 4096, 8, name) for op in group)
+        for name in ("ours fused", "ours fused graph")
+    )
+    assert captured - eager == pytest.approx(7 * (3 - 3 / 32 + 2))
 
 
 def test_this_machine_is_measured_beside_it(monkeypatch, capsys):
