@@ -86,6 +86,17 @@ PROMISES = (
 )
 
 
+# The bytes that launchers of csrc/cuda request for a kernel's arguments. (What `expand` requests
+# depends on the rank.)
+REQUESTS = {
+    "pack": "PackTile<{0}>::kBytes",
+    "pack_backward": "kBackwardBytes<{0}>",
+    "down": "sizeof(DownStage<{0}, {1}>) * kDownRing<{1}>",
+    "grad": "sizeof(GradShared<{0}, {1}, {2}>)",
+}
+CPP = {"half": "__half", "bf16": "__nv_bfloat16"}
+
+
 class Row(NamedTuple):
     """One kernel compiled for one architecture."""
 
@@ -102,7 +113,12 @@ def main() -> int:
     given = parser.parse_args()
     report = Report()
     compiled = read_all(given.built) if given.built else compile_all()
-    promises = promises_of({row.name for rows in compiled.values() for row in rows})
+    names = sorted({row.name for rows in compiled.values() for row in rows})
+    promises, more = promises_of(names), requested(names)
+    compiled = {
+        arch: [row._replace(shared=row.shared + more.get(row.name, 0)) for row in rows]
+        for arch, rows in compiled.items()
+    }
     for arch in ARCHS:
         found = [
             f"{row.name}: {fault}"
@@ -173,7 +189,7 @@ def disassemble(cubin: Path, ptxas: Mapping[str, Kernel]) -> list[Row]:
     codes = list(read(run([str(find_tool("nvdisasm")), "--print-code", str(cubin)])))
     names = map(short, demangled([code.name for code in codes]))
     return [
-        Row(name, code, ptxas[code.name], ptxas[code.name].shared + ring_bytes(name))
+        Row(name, code, ptxas[code.name], ptxas[code.name].shared)
         for name, code in zip(names, codes, strict=True)
     ]
 
@@ -254,18 +270,23 @@ def blocks(row: Row, arch: str) -> int:
     return min(65536 // (256 * registers), SHARED[arch][0] // (row.shared + 1024), 2048 // 256)
 
 
-def ring_bytes(name: str) -> int:
-    """Return the bytes of dynamic shared memory of kernels of csrc/cuda/skinny.cu; 0 for others."""
-    found = re.fullmatch(r"(down|grad)<\w+, (\d+)(, true)?.*>", name)
-    if not found:
-        return 0
-    rank, both = int(found[2]), bool(found[3])
-    tokens, features = (128, 64) if found[1] == "down" else (32, 256) if both else (64, 128)
-    narrow = rank * (64 + 8) if found[1] == "down" else tokens * (rank + 8)
-    stage = 2 * (tokens * (features + 8) + narrow) + 4 * tokens * features // 32
-    most = 48 if both else 96
-    stages = 3 if rank <= most else 2
-    return stages * stage + (2 * rank * (features + 8) if both else 0)
+def requested(names: Iterable[str]) -> dict[str, int]:
+    """Return the bytes of dynamic shared memory that launchers request, by REQUESTS."""
+    sizes = {}
+    for name in names:
+        kernel, _, types = name.rstrip(">").partition("<")
+        if kernel in REQUESTS:
+            sizes[name] = REQUESTS[kernel].format(*(CPP.get(t, t) for t in types.split(", ")))
+    lines = [f'std::printf("%d\\n", static_cast<int>({size}));' for size in sizes.values()]
+    headers = ("cstdio", *(f"cuda/{each}.cuh" for each in ("pack", "pack_backward", "skinny")))
+    text = "".join(f"#include <{each}>\n" for each in headers)
+    text += f"int main() {{ using namespace rasa_ext; {' '.join(lines)} }}\n"
+    with tempfile.TemporaryDirectory() as scratch:
+        source, program = Path(scratch, "sizes.cu"), Path(scratch, "sizes")
+        source.write_text(text)
+        options = ["-std=c++17", "-I", str(ROOT / "csrc"), "-o", str(program), str(source)]
+        run([str(find_nvcc()), *options])
+        return dict(zip(sizes, map(int, run([str(program)]).split()), strict=True))
 
 
 def faults(code: Code, promise: Promise) -> list[str]:

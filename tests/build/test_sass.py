@@ -158,20 +158,22 @@ def test_the_tensor_cores_words_are_asked_for(word):
 
 
 BLOCKS = [
-    ("down<bf16, 48>", 120, "sm_80", 2),
-    ("down<bf16, 48>", 120, "sm_120", 1),
-    ("grad<half, 96, false>", 120, "sm_90", 2),
-    ("grad<half, 96, true>", 166, "sm_90", 1),
-    ("grad<half, 48, true>", 168, "sm_90", 1),
+    (79104, 120, "sm_80", 2),
+    (79104, 120, "sm_120", 1),
+    (95504, 120, "sm_90", 2),
+    (99840, 166, "sm_90", 1),
+    (89856, 168, "sm_90", 1),
+    (8320, 40, "sm_90", 6),
+    (16544, 32, "sm_120", 5),
 ]
 
 
-@pytest.mark.parametrize(("name", "registers", "arch", "count"), BLOCKS)
-def test_blocks_by_registers_and_shared_memory(name, registers, arch, count):
-    row = sass.Row(name, None, SimpleNamespace(registers=registers), sass.ring_bytes(name))
+@pytest.mark.parametrize(("shared", "registers", "arch", "count"), BLOCKS)
+def test_blocks_by_registers_and_shared_memory(shared, registers, arch, count):
+    row = sass.Row("kernel", None, SimpleNamespace(registers=registers), shared)
     assert sass.blocks(row, arch) == count
     assert list(sass.crowded(row, arch)) == []
-    large = row._replace(shared=2 * row.shared + 100_000)
+    large = row._replace(shared=300_000)
     assert "a block has" in next(sass.crowded(large, arch))
 
 
