@@ -1,6 +1,6 @@
 """Host time of a linear and training step: Python, autograd and dispatch, without any product.
 
-    python -m benchmarks.host [--rounds 300]
+    python -m benchmarks.host [--rounds 300] [--json FILE] [--seconds S]
 
 Stubs that return uninitialised results replace the operators. A chain of layers, which form one
 group, is measured at two lengths. The slope between them is the time of one layer: its linear, and
@@ -13,7 +13,9 @@ of the compiled operators and the launches.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from benchmarks import harness
+from benchmarks import harness, records
 from rasa_ext import ops
 
 WIDTH, LENGTHS, LAYERS = 64, (4, 20), 32
@@ -101,13 +103,13 @@ def chain(length: int, adapted: bool, names: tuple[str, ...] = NAMES[:1]) -> Cal
     return step
 
 
-def measured(rounds: int, **chains: tuple) -> dict[str, tuple[float, float]]:
+def measured(rounds: int, limit: float, **chains: tuple) -> dict[str, tuple[float, float]]:
     """Return lower quartiles in microseconds, by chain.
 
     They are of one more block, and of a step without blocks.
     """
     run = {(name, n): chain(n, *how) for name, how in chains.items() for n in LENGTHS}
-    seconds = harness.interleaved(run, rounds, warmup=20, device="cpu")
+    seconds = harness.interleaved(run, rounds, warmup=20, device="cpu", at_most=limit)
     found = {}
     for name in chains:
         short, long = (1e6 * harness.quartiles(seconds[name, n])[0] for n in LENGTHS)
@@ -119,14 +121,17 @@ def measured(rounds: int, **chains: tuple) -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit")
+    given = parser.parse_args()
+    rounds, limit = given.rounds, given.seconds / 2
     torch.set_num_threads(1)
     x, pack = torch.randn(1, WIDTH), torch.randn(16, WIDTH)
     stubs = {"": lambda: (_forward(x), _backward(x, None, None, None, pack, pack))}
     seconds = harness.interleaved(stubs, rounds, warmup=20, device="cpu")
     with mock.patch.multiple(ops, **STUBS):
-        alone = measured(rounds, frozen=(False,), ours=(True,))
-        fused = measured(rounds, ours=(True,), fused=(True, NAMES))
+        alone = measured(rounds, limit, frozen=(False,), ours=(True,))
+        fused = measured(rounds, limit, ours=(True,), fused=(True, NAMES))
     shown = {
         "nn.Linear": alone["frozen"][0],
         "rasa_ext": alone["ours"][0],
@@ -134,9 +139,8 @@ def main() -> None:
         "of it stubs": 1e6 * harness.quartiles(seconds[""])[0],
         "fused": (fused["fused"][0] - fused["ours"][0]) / (len(NAMES) - 1),
     }
-    print(f"{harness.machine()}\nmicroseconds a layer and step")
-    for name, value in shown.items():
-        print(f"{name:16} {value:6.1f}")
+    results = records.Results(given.json, "cpu")
+    results.add(what="microseconds a layer and step", **shown)
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def shown(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list | tuple):  # lower quartile, median, upper quartile
-        low, middle, high = map(shown, value)
-        return f"{middle} ({low}-{high})"
+    if isinstance(value, list | tuple):  # an interval, perhaps around a median
+        low, *middle, high = map(shown, value)
+        return f"{middle[0]} ({low}-{high})" if middle else f"{low} to {high}"
     return str(value)
 
 
