@@ -312,8 +312,8 @@ def test_long_comparisons_of_two_tasks_are_alike():
     first, second = (
         read_config(compare_config.HERE / f"{name}.yaml") for name in ("gsm8k", "docstrings_long")
     )
-    assert 2e-3 in first.methods["lora-r8"]["rates"]  # the control of forgetting, on GSM8K alone
-    first.methods["lora-r8"]["rates"].remove(2e-3)
+    for name in ("lora-r8", "default-r8-k1"):  # the control of forgetting, on GSM8K alone
+        first.methods[name]["rates"].remove(2e-3)
     changed = {"tasks": second.tasks, "steps": second.steps}
     assert dataclasses.replace(first, **changed) == second
 
