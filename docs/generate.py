@@ -25,7 +25,9 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "research")]
 import notebook  # noqa: E402
 import pictures  # noqa: E402
 import typer  # noqa: E402
+from peft import PeftConfig  # noqa: E402
 
+from rasa_ext import RasaConfig  # noqa: E402
 from rasa_ext.commands.app import app  # noqa: E402
 from rasa_ext.commands.options import (  # noqa: E402
     HELP,
@@ -119,12 +121,19 @@ def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
 
 
 def fields(name: str) -> str:
-    """List a config's own fields, and for a ``RasaConfig`` also the fields that methods share."""
+    """List a config's own fields, and for ``rasa_ext.RasaConfig`` also those that methods share.
+
+    Of PEFT's config, list what neither it nor PEFT's own base class has.
+    """
     shared = {each.name for each in dataclasses.fields(AdapterConfig)}
     every = [each for each in dataclasses.fields(located(name)) if "help" in each.metadata]
     rows = [each for each in every if each.name not in shared]
-    if name.endswith(".RasaConfig"):
+    if name == "rasa_ext.RasaConfig":
         rows += [each for each in every if each.name in shared]
+    elif issubclass(located(name), PeftConfig):
+        known = {each.name for each in dataclasses.fields(RasaConfig)} | {"r"}
+        known |= {each.name for each in dataclasses.fields(PeftConfig)}
+        rows = [each for each in rows if not {each.name, each.name.removeprefix("rasa_")} & known]
     return "\n".join(
         entry(f"`{each.name}` (default: `{each.default!r}`)", each.metadata["help"])
         for each in rows
