@@ -592,7 +592,7 @@ def _rank_pattern(file: str) -> Any:
 
 HELP = {
     "Model and data": {
-        "--model": "BaseOptions model: hub id, directory or .gguf file; or smollm2.",
+        "--model": "Base model: hub id, directory or .gguf file; or smollm2.",
         "--data": "Files, patterns of files, or a hub data set, with {rows}.",
         "--eval-data": "Held-out data, in the same forms.",
         "--test-split": "Or a share of the data to hold out.",
