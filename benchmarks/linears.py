@@ -151,7 +151,7 @@ class Case:
         """Return, by name, why variants raise or do not compute the right function.
 
         All variants except frozen, PEFT and compiled compute the official formula. None may be off
-        from float64 by more than twice what the formula itself is off, in this dtype, in any linear.
+        from float64 by more than twice what the formula itself is off in this dtype and any linear.
         They are compared without dropout, since each draws a mask of its own.
         """
         found: dict[str, str] = {}
