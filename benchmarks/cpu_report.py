@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import staged
-from benchmarks.staged import MEASURE, PYTHON, Stage
+from benchmarks.staged import Stage
 
 BOTH = ("--dtype", "float32", "bfloat16")
 
@@ -31,28 +31,20 @@ BOTH = ("--dtype", "float32", "bfloat16")
 def stages(quick: bool, out: Path) -> list[Stage]:
     """Return the stages in order; budgets are seconds of a run of 2000."""
     bench = partial(staged.bench, out, device="cpu", quick=quick)
-
-    def whole(module: str, budget: float, *arguments: str, name: str | None = None) -> Stage:
-        """Return the stage of a module with its own arguments, by default under its name."""
-        name = name or module
-        rows = f"{name.replace(' ', '-')}.json"
-        given = ("--json", str(out / rows), "--seconds", MEASURE)
-        command = (PYTHON, "-m", f"benchmarks.{module}", *arguments, *given)
-        return Stage(name, command, budget, rows)
-
+    plain = partial(staged.bench, out, device=None, quick=False)  # modules with other arguments
     few = ("--shapes", "24,32,48", "--rounds", "2") if quick else ("--rounds", "60")
-    found = [whole("layer", 140, *few)]
+    found = [plain("layer", "layer", 140, *few)]
     if not quick:  # their models have only one size
         short = ("--dtype", "float32", "--length", "8", "--rounds", "100")
         found += [
-            whole("model", 330, "--dtype", "float32", "--rounds", "14"),
-            whole("model", 330, "--dtype", "bfloat16", "--rounds", "14", name="bfloat16"),
-            whole("model", 270, *short, name="few tokens"),
-            whole("sft", 480),
+            plain("model", "model", 330, "--dtype", "float32", "--rounds", "14"),
+            plain("bfloat16", "model", 330, "--dtype", "bfloat16", "--rounds", "14"),
+            plain("few tokens", "model", 270, *short),
+            plain("sft", "sft", 480),
         ]
     return [
         *found,
-        whole("host", 60, *(("--rounds", "2") if quick else ())),
+        plain("host", "host", 60, *(("--rounds", "2") if quick else ())),
         bench("step", "block", 130, "step", *BOTH),
         bench("growth", "block", 50, "growth", "--dtype", "float32"),
         bench("decode", "block", 40, "decode", *BOTH),

@@ -113,6 +113,9 @@ FROZEN = Variant(
     backward=(("dX# = G# W#",),),
 )
 
+# What autograd adds up if layers make their pool's gradients one by one.
+_SUMS = ("sum_pool: dA_pool# A_sum# -> A_sum#", "sum_pool: dB_pool# B_sum# -> B_sum#")
+
 # y = base(x) + ((x A^T) * d) B^T * 1.0, concatenated in every forward; benchmarks/baselines.py.
 OFFICIAL = Variant(
     forward=(
@@ -148,8 +151,7 @@ OFFICIAL = Variant(
             "cast: dBx# -> dBj#",
             "cast: dAx# -> dAj#",
             "copy: dB# -> dB#",  # a slice of dBj, with gaps between its rows
-            "sum_pool: dA_pool# A_sum# -> A_sum#",
-            "sum_pool: dB_pool# B_sum# -> B_sum#",
+            *_SUMS,
         ),
     ),
 )
@@ -212,8 +214,7 @@ ADDMM = Variant(
             "mul: dBd# Bj# -> dot#",
             "sum: dot# -> dd#",
             "copy: dB# -> dB#",
-            "sum_pool: dA_pool# A_sum# -> A_sum#",
-            "sum_pool: dB_pool# B_sum# -> B_sum#",
+            *_SUMS,
         ),
     ),
 )
@@ -299,13 +300,10 @@ FUSED = Variant(
     sums_dx=False,
 )
 
-# autograd adds the gradients of the pool up if layers are packed one by one.
-_SUMS = (("sum_pool: dA_pool# A_sum# -> A_sum#", "sum_pool: dB_pool# B_sum# -> B_sum#"),)
-
 
 def captured(variant: Variant) -> Variant:
     """Return a variant of ours as a CUDA graph runs it: no group of layers is packed at once."""
-    return replace(variant, group=(*variant.group, *_SUMS))
+    return replace(variant, group=(*variant.group, _SUMS))
 
 
 BY_NAME: dict[str, Variant] = {

@@ -293,13 +293,23 @@ def said(stage: dict[str, Any]) -> str:
 
 
 def bench(
-    work: Path, name: str, module: str, budget: float, *arguments: str, device: str, quick: bool
+    work: Path,
+    name: str,
+    module: str,
+    budget: float,
+    *arguments: str,
+    device: str | None,
+    quick: bool,
 ) -> Stage:
-    """Return the stage of a benchmark that takes the arguments of ``records.parser``."""
+    """Return the stage of a benchmark that takes the arguments of ``records.parser``.
+
+    Without a ``device``, it may also be one that takes only the time limit and the file.
+    """
     rows = f"{name.replace(' ', '-')}.json"
-    given = ("--device", device, "--json", str(work / rows), "--seconds", MEASURE)
+    given = ("--json", str(work / rows), "--seconds", MEASURE)
+    on = ("--device", device) if device else ()
     small = ("--quick",) if quick else ()
-    command = (PYTHON, "-m", f"benchmarks.{module}", *arguments, *given, *small)
+    command = (PYTHON, "-m", f"benchmarks.{module}", *arguments, *on, *given, *small)
     return Stage(name, command, budget, rows)
 
 

@@ -95,6 +95,7 @@ REQUESTS = {
     "grad": "sizeof(GradShared<{0}, {1}, {2}>)",
 }
 CPP = {"half": "__half", "bf16": "__nv_bfloat16"}
+"""Types by short name."""
 
 
 class Row(NamedTuple):
@@ -225,7 +226,8 @@ def demangled(names: list[str]) -> list[str]:
 def short(name: str) -> str:
     """Shorten ``rasa_ext::pack_kernel<float, __nv_bfloat16>(...)`` to ``pack<float, bf16>``."""
     name = re.sub(r"\(.*", "", name).removeprefix("void ").removeprefix("rasa_ext::")
-    for old, new in (("_kernel", ""), ("__nv_bfloat16", "bf16"), ("__half", "half")):
+    name = name.replace("_kernel", "")
+    for new, old in CPP.items():
         name = name.replace(old, new)
     return name
 

@@ -71,7 +71,7 @@ def test_pages_can_be_followed_in_one_folder():
     saved = re.compile(r"(?:save_adapter|save_model|save_pretrained|export_lora)\(.*?\"([\w-]+)\"")
     by_command, pages_of = set(), {}
     for page in (page for page in PAGES if page.parent in (ROOT, ROOT / "docs")):
-        run = [(kind, code) for kind, code in blocks(page) if not code.startswith("# Not run")]
+        run = [(kind, code) for kind, code in blocks(page) if not pages.NOT_RUN.match(code)]
         shell, python = ("".join(c for k, c in run if k == kind) for kind in ("bash", "python"))
         chosen = re.findall(r"--output ([\w-]+)", shell)
         by_command |= set(chosen)
