@@ -18,9 +18,17 @@ RANK = 3
 EXACT = 1e-12
 
 
+def base_tensors(module: RasaExperts) -> dict[str, Tensor]:
+    """Return the stacked weights and biases of the base, by name."""
+    base = module.base_layer
+    names = [*experts.weight_names(base)]
+    names += [f"{name}_bias" for name in names if getattr(base, "has_bias", False)]
+    return {name: getattr(base, name) for name in names}
+
+
 def leaves_of(module: RasaExperts) -> dict[str, Tensor]:
-    """Return every tensor of the module's adapters once, by name."""
-    found = {}
+    """Return every tensor of the module's adapters once, and what is trained of the base."""
+    found = {name: t for name, t in base_tensors(module).items() if t.requires_grad}
     for name, adapter in stack_adapters(module).items():
         for field, tensor in adapter._asdict().items():
             if tensor is not None:
@@ -29,17 +37,16 @@ def leaves_of(module: RasaExperts) -> dict[str, Tensor]:
 
 
 def naive(module: RasaExperts, leaves: Mapping[str, Tensor], x, chosen, shares) -> Tensor:
-    """Compute the output by the loop, with ``leaves`` as adapter tensors."""
-    base = module.base_layer
-    parts = []
+    """Compute the output by the loop, with ``leaves`` in the place of trained tensors."""
+    base, parts = module.base_layer, []
+    values = {n: leaves.get(n, t.detach()).double() for n, t in base_tensors(module).items()}
     for name in experts.weight_names(base):
-        weight = getattr(base, name).detach().double()
+        weight = values[name]
         weight = weight.transpose(1, 2) if base.is_transposed else weight
         fields = [leaves.get(f"{name}.{field}") for field in Adapter._fields]
         if fields[0] is not None:
             weight = oracle.stacked_weight(weight, Adapter(*fields))
-        bias = getattr(base, f"{name}_bias").detach().double() if base.has_bias else None
-        parts.append((weight, bias))
+        parts.append((weight, values.get(f"{name}_bias")))
     act = base._apply_gate if base.has_gate else base.act_fn
     norm = base.post_expert_norm if base.has_post_expert_norm else lambda z: z
     return oracle.experts(x, chosen, shares, *parts, act, norm)
@@ -97,6 +104,18 @@ def test_output_and_gradients(family, grouping, k):
             if field in ("A", "B", "d") or (grad.ndim == 3 and grouping == "slot"):
                 assert not grad[1].any(), name
                 assert grad[0].any() or not grad[0].numel(), name
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", UNLIKE)
+def test_a_base_that_is_trained_too(family, grouping):
+    """Gradients of stacked base weights and biases agree with the loop."""
+    _, module = doubles(family, grouping)
+    trained = base_tensors(module)
+    for tensor in trained.values():
+        tensor.requires_grad_()
+    found = check(module, *experts.inputs())
+    assert all(found[name].any() for name in trained)
 
 
 @pytest.mark.parametrize(("tokens", "top"), [(7, 1), (7, EXPERTS), (1, TOP), (1, 1)])
