@@ -155,9 +155,14 @@ def test_dropout_differs_between_examples(front):
     values = {name: p.detach() for name, p in trained(model).items()}
     same = X[:1].expand(8, 8)
     run = vmap(lambda x: functional_call(model, values, (x,)), randomness="different")
-    assert len(set(run(same)[:, 0].tolist())) > 1
+
+    def spread() -> float:
+        y = run(same)
+        return (y - y[0]).abs().max().item()
+
+    dropped = spread()
     model.eval()
-    assert len(set(run(same)[:, 0].tolist())) == 1
+    assert spread() < 1e-4 * dropped  # rows of one product may round differently
 
 
 @FRONTS
