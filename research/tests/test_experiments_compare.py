@@ -22,7 +22,7 @@ from rasa_research.optim import LoraPro
 from rasa_research.ranks import hidden_dimensions, intrinsic_ranks
 from research.experiments.compare import config as compare_config
 from research.experiments.compare import curves, report, run, step_time
-from research.experiments.compare.config import BASE, REFERENCE, Key, pending, read_config
+from research.experiments.compare.config import BASE, REFERENCE, Key, only, pending, read_config
 from research.experiments.compare.methods import (
     between,
     groups,
@@ -249,6 +249,27 @@ def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
     assert report.sweep_table(config, rows, "maths") == [
         {"method": "lora", "1": 0.5, "2": math.inf, "3": 0.2, "4": 0.6}
     ]
+
+
+def test_chosen_methods_run_at_every_chosen_rate_with_every_seed(small):
+    config = read_config(small)
+    chosen = only(config, ["lora", "full"], [1.0, 2.0, 3.0])
+    for method in ("lora", "full"):
+        assert chosen.settings("maths", method) == config.settings("maths", method)
+    rows, runs = [], pending(chosen, [])
+    while left := pending(chosen, rows):
+        runs += [key for key in left if key not in runs]
+        rows.append(row(left[0], chosen, 2 - left[0].lr / 2 + left[0].seed))
+    assert set(runs) == {Key("maths", BASE, 0.0, 0)} | {
+        Key("maths", method, lr, seed)
+        for method in ("lora", "full")
+        for lr in (1.0, 2.0, 3.0)
+        for seed in (0, 5)
+    }
+    assert only(config) == config
+    assert list(only(config, ["full"]).methods) == ["full"]
+    with pytest.raises(ValueError, match=r"^methods: .*'nothing'"):
+        only(config, ["nothing"])
 
 
 def test_the_ladder_goes_on_while_the_best_rate_is_at_an_end(small):

@@ -150,6 +150,23 @@ def read_config(path: Path | str = CONFIG, names: Collection[str] = NAMES) -> Co
     return Config(**given | lists | {"tasks": tasks, "steps": steps})
 
 
+def only(config: Config, methods: Collection[str] = (), rates: Collection[float] = ()) -> Config:
+    """Return ``config`` with these methods alone, and with every seed at each of these rates.
+
+    Empty ``methods`` keeps all methods, and empty ``rates`` keeps the config's rates and choice.
+    The settings' hashes stay. Raises ValueError if a method is not in the config.
+    """
+    for name in methods:
+        if name not in config.methods:
+            known = ", ".join(config.methods)
+            raise ValueError(f"methods: expected some of {known}, got {name!r}.")
+    chosen = {name: config.methods[name] for name in methods or config.methods}
+    if not rates:
+        return dataclasses.replace(config, methods=chosen)
+    chosen = {name: {**spec, "rates": [*rates]} for name, spec in chosen.items()}
+    return dataclasses.replace(config, methods=chosen, best=len(rates), ladder=())
+
+
 def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
     """Return the runs that are known to be needed and are not in ``rows``, in order of running.
 

@@ -28,10 +28,11 @@ from research.experiments.compare.config import (
     key_of,
     number,
     of_config,
+    only,
     read_config,
 )
 from research.experiments.compare.curves import curve_table, draw_curves, losses_of
-from research.experiments.compare.run import COLUMNS
+from research.experiments.compare.run import COLUMNS, choose
 from research.experiments.table import Table
 
 Row = Mapping[str, str]
@@ -290,8 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")
+    choose(parser)
     given = parser.parse_args()
-    config = read_config(given.config)
+    config = only(read_config(given.config), given.methods, given.rates)
     rows = Table(given.results / "runs.csv", COLUMNS).rows()
     if not of_config(config, rows):
         raise SystemExit(f"{given.results / 'runs.csv'} has no run of this config yet")

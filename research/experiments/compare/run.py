@@ -34,6 +34,7 @@ from research.experiments.compare.config import (
     RESULTS,
     Config,
     Key,
+    only,
     pending,
     read_config,
 )
@@ -273,12 +274,25 @@ def arguments(description: str | None, config: Path, results: Path) -> argparse.
     return parser
 
 
+def choose(parser: argparse.ArgumentParser) -> None:
+    """Add the options for ``only``."""
+    parser.add_argument("--methods", nargs="+", default=(), help="the config's methods to compare")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=(),
+        help="learning rates, each with all seeds, instead of the config's",
+    )
+
+
 def main() -> None:
     """Run the command."""
     parser = arguments(__doc__, CONFIG, RESULTS)
     parser.add_argument("--gsm8k", type=Path, help="folder of GSM8K's train.jsonl and test.jsonl")
+    choose(parser)
     given = parser.parse_args()
-    config = read_config(given.config)
+    config = only(read_config(given.config), given.methods, given.rates)
     table = Table(given.results / "runs.csv", COLUMNS)
     if given.list:
         print("\n".join(map(str, pending(config, table.rows()))))
