@@ -16,8 +16,10 @@ from rasa_ext import Card
 from rasa_ext.checkpoint import read_adapter
 from rasa_ext.checkpoint.card import CARD, adapter_card, write_card
 from rasa_ext.commands.callbacks import Progress, values
-from rasa_ext.commands.data import files_of
+from rasa_ext.commands.data import conversation, files_of, templated
+from rasa_ext.commands.measuring import greedy_answers
 from rasa_ext.commands.options import TASKS, Options
+from rasa_ext.commands.output import working
 from rasa_ext.patching.state import patch_state
 
 _FIGURES = {
@@ -35,9 +37,17 @@ def figures(task: str) -> Mapping[str, str]:
 
 
 def write_folder(
-    trainer: Any, options: Options, interrupted: bool, trainable: int, progress: Progress
+    trainer: Any,
+    options: Options,
+    interrupted: bool,
+    trainable: int,
+    progress: Progress,
+    row: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write adapter, card, tokenizer, `loss.png` and Trainer's state; return the run's numbers."""
+    """Write adapter, card, tokenizer, `loss.png` and Trainer's state; return the run's numbers.
+
+    The card has the question of ``row``, with the model's answer.
+    """
     rows, state = trainer.state.log_history, trainer.state
     losses, held_out = values(rows, "loss"), values(rows, "eval_loss") or [None]
     seconds, tokens = progress.seconds, progress.tokens
@@ -61,7 +71,7 @@ def write_folder(
         for prefix, where in (("", "training"), ("eval_", "held-out")):
             if found := values(rows, prefix + name):
                 result[f"{where} {text}"] = [found[0], found[-1]]
-    card = folder_card(trainer, options, result)
+    card = folder_card(trainer, options, result, _asked(options, trainer, row))
     trainer.card = card
     trainer.save_model()
     trainer.save_state()
@@ -88,8 +98,8 @@ def _write_card(trainer: Any, options: Options, card: Card) -> None:
     write_card(options.output, text, options.output)
 
 
-def folder_card(trainer: Any, options: Options, result: Mapping[str, Any]) -> Card:
-    """Make a run's card, with its task, data, options and numbers."""
+def folder_card(trainer: Any, options: Options, result: Mapping[str, Any], asked: str) -> Card:
+    """Make a run's card, with its task, data, options, numbers, and a question with its answer."""
     data = options.data
     chosen: dict[str, Any] = {
         "task": f"{options.task}, by TRL's {TASKS[options.task].kind}Trainer",
@@ -119,7 +129,7 @@ def folder_card(trainer: Any, options: Options, result: Mapping[str, Any]) -> Ca
         {
             "Training": "\n".join(["| | |", "| --- | --- |", *table]),
             "Figures of the run": "\n".join(f"- {line}" for line in describe(result)),
-            "A question": trainer.asked,
+            "A question": asked,
         },
     )
 
@@ -201,3 +211,25 @@ def plot_loss(
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     pairs = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _asked(options: Options, trainer: Any, row: dict[str, Any]) -> str:
+    """Return a held-out question with the trained model's answer, for the card."""
+    if options.task == "reward" or "text" in row or trainer.args.world_size > 1:
+        return ""
+    tokenizer, prompt = trainer.processing_class, row.get("prompt")
+    turns = conversation(row)[:-1] if "messages" in row else prompt
+    if turns is None:
+        return ""
+    uses = options.data.template and tokenizer.chat_template
+    if isinstance(turns, str) and uses:
+        turns = [{"role": "user", "content": turns}]
+    asked = str(turns)
+    if not isinstance(turns, str):
+        more = {"add_generation_prompt": True, "tools": row.get("tools")}
+        asked, prompt = templated(tokenizer, turns, "data", **more), turns[-1]["content"]
+    special = isinstance(turns, str)
+    with working("Asking a question"):
+        (answer,) = greedy_answers(trainer.base_model, tokenizer, [asked], 48, 1, special)
+    quoted = "\n".join(f"> {line}" for line in str(prompt).splitlines())
+    return f"{quoted}\n\n{answer}"

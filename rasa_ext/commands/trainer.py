@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-import rasa_ext
+import rasa_ext.peft
 from rasa_ext.base_layers.sharded import is_sharded
+from rasa_ext.checkpoint import read_adapter
 from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
 from rasa_ext.checkpoint.loading import load_tensors_into
-from rasa_ext.commands.checkpoints import RUN
+from rasa_ext.commands.options import TASKS, Options
 from rasa_ext.commands.output import working
+from rasa_ext.commands.run_folder import RUN
 from rasa_ext.methods import AdapterConfig
+from rasa_ext.patching.grouping import as_saved
 from rasa_ext.patching.state import is_patched, patch_state
 from rasa_ext.training import parameter_groups
 
@@ -42,8 +49,6 @@ class Training(Trainer):
     record = "{}"
     skeleton: Any = None
     """The base on the meta device with the adapter, for the card."""
-    asked = ""
-    """A question with the model's answer, for the card."""
     counts: dict[str, str]
     """What is in the data, by option, for the card."""
 
@@ -247,3 +252,84 @@ def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
     """Make a data set of rows in memory, and turn off the progress bars of passes over it."""
     datasets.disable_progress_bars()
     return datasets.Dataset.from_list(rows, on_mixed_types="use_json")  # arguments of tool calls
+
+
+def make_trainer(
+    options: Options,
+    model: Any,
+    tokenizer: Any,
+    config: AdapterConfig,
+    tensors: Mapping[str, Any],
+    rows: Sequence[list[dict[str, Any]]],
+    marks: bool,
+) -> Any:
+    """Return the task's trainer, over the model with the adapter."""
+    arguments = options.training
+    given: dict[str, Any] = {
+        "train_dataset": dataset(rows[0]),
+        "eval_dataset": dataset(rows[1]) if len(rows) > 1 else None,
+        "processing_class": tokenizer,
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(rasa_)?(rank|groups): ")  # the skeleton gave them
+        if options.task == "sft":
+            plain = "text" in rows[0][0]
+            if plain:  # evaluate and generate read this in the config
+                config = dataclasses.replace(config, template=False)
+            _for_sft(arguments, marks, plain)
+            adapter = as_saved(config) if tensors else config
+            trainer = AdapterTrainer(model, arguments, adapter=adapter, **given)
+            if tensors:
+                load_tensors_into(
+                    trainer.base_model, config, tensors, str(options.data.init_adapter)
+                )
+            return trainer
+        if options.task in ("grpo", "rloo"):
+            given["reward_funcs"] = _rewards(options)
+        given |= _peft(options, model, config)
+        return trainer_of(TASKS[options.task].kind)(args=arguments, **given)
+
+
+def _for_sft(arguments: Any, marks: bool, plain: bool) -> None:
+    arguments.assistant_only_loss = marks
+    arguments.packing_strategy = "bfd_split" if plain else "bfd"  # bfd cuts longer examples
+    arguments.eval_packing, arguments.prediction_loss_only = False, True
+
+
+def _peft(options: Options, model: Any, config: AdapterConfig) -> dict[str, Any]:
+    """Return the trainer's model and adapter under PEFT, which gives TRL its reference."""
+    given = options.data.init_adapter
+    kind = "SEQ_CLS" if options.task == "reward" else "CAUSAL_LM"
+    if given is None:
+        peft_config = rasa_ext.peft.RasaConfig.of(config, task_type=kind)
+        if why := peft_config.why_not_trained():
+            raise ValueError(f"method: expected one for {options.task}, but {why}.")
+        return {"model": model, "peft_config": peft_config}
+    if read_adapter(given)[0].get("peft_type") == "LORA":
+        return {"model": rasa_ext.peft.import_lora(model, given, options.adapter.get("k") or 0)}
+    peft: Any = importlib.import_module("peft")
+    return {"model": peft.PeftModel.from_pretrained(model, given, is_trainable=True)}
+
+
+def _rewards(options: Options) -> list[Any]:
+    """Return the reward functions by name: TRL's, or those of a module in the working folder."""
+    rewards: Any = importlib.import_module("trl.rewards")
+    known = {name: getattr(rewards, name) for name in rewards.__all__}
+    if "get_soft_overlong_punishment" in known:
+        make = known["get_soft_overlong_punishment"]
+        known["get_soft_overlong_punishment"] = make(1280, 256)  # as TRL's script
+    found: list[Any] = [name for name in [options.rewards.reward_model_name_or_path] if name]
+    for name in options.rewards.reward_funcs or ():
+        module, _, function = name.rpartition(".")
+        if name in known:
+            found.append(known[name])
+            continue
+        if not module:
+            names = f"MODULE.FUNCTION or one of {', '.join(known)}"
+            raise ValueError(f"reward_funcs: expected {names}, got {name!r}.")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            found.append(getattr(importlib.import_module(module), function))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"reward_funcs: {name}: {error}.") from None
+    return found

@@ -18,8 +18,8 @@ from trl import SFTConfig
 
 from rasa_ext.commands import data
 from rasa_ext.commands.data import DataError, read_examples
+from rasa_ext.commands.shown import CLOSE, OPEN, describe_rows, marked, show_example
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
-from rasa_ext.commands.training import CLOSE, OPEN, describe_rows, marked, show_example
 from tests.helpers.tiny_lm import CHATML, make_model, make_tokenizer, sums, write_jsonl
 
 USER = {"role": "user", "content": "what is 2 plus 2?"}

@@ -16,8 +16,7 @@ from rich.console import Console
 
 import rasa_ext
 from rasa_ext.commands import callbacks, training
-from rasa_ext.commands.checkpoints import newest_whole
-from rasa_ext.commands.training import check_output, reserved
+from rasa_ext.commands.run_folder import check_output, newest_whole, reserved
 from tests.helpers.adapters import content
 from tests.helpers.cli import invoke
 from tests.helpers.finetuning import (
