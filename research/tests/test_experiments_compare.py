@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
 from benchmarks.batches import collate, encoded
+from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_research.optim import LoraPro
 from rasa_research.ranks import hidden_dimensions, intrinsic_ranks
 from research.experiments.compare import config as compare_config
@@ -32,6 +33,7 @@ from research.experiments.compare.methods import (
     targets,
 )
 from research.experiments.compare.run import make_run
+from research.experiments.experts.upcycled import made, upcycled
 from research.experiments.table import Table
 from research.experiments.training import Recipe, Run
 from tests.helpers.adapters import same_adapters
@@ -537,6 +539,53 @@ def test_methods_begin_where_the_base_is_and_leave_it_alone(small, rows):
         assert (model(**batch).logits - expected).abs().max() > 1e-4
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+SHAPE = {"blocks": 1, "experts": 3, "top": 2}
+
+
+def test_copies_of_an_mlp_compute_what_it_computes(rows):
+    batch = collate(rows[:2], PAD)
+    expected = make_model()(**batch).logits
+    same = upcycled(make_model(), **SHAPE, noise=0.0)
+    torch.testing.assert_close(same(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+    other = upcycled(make_model(), **SHAPE, noise=0.1)
+    assert (other(**batch).logits - expected).abs().max() > 1e-2
+    assert not hasattr(other.model.layers[0].mlp, "experts")
+
+
+def test_an_upcycled_base_is_trained_once(rows, tmp_path):
+    given = {"steps": 2, "lr": 1e-2, "rows": rows, **SHAPE, "noise": 0.1}
+    first = made(make_model(), make_tokenizer(), tmp_path, **given).state_dict()
+    before = upcycled(make_model(), **SHAPE, noise=0.1).state_dict()
+    moved = {name for name in first if not torch.equal(first[name], before[name])}
+    assert moved == {name for name in first if ".layers.1.mlp." in name}
+    again = made(make_model(), make_tokenizer(), tmp_path, **given | {"rows": []})
+    assert not any(p.requires_grad for p in again.parameters())
+    assert all(torch.equal(value, first[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(("k", "fixed"), [(0, True), (1, True), (2, True), (2, False)])
+def test_experts_have_loras_of_their_own_or_share_them(k, fixed, rows):
+    base = upcycled(make_model(), **SHAPE, noise=0.1)
+    spec = {"kind": "experts", "rank": 2, "k": k, "fixed": fixed}
+    model = prepared(base, spec, 1, bfloat16=False)
+    one = Run(model, rows, PAD, Recipe(2, 4, 1e-1, bfloat16=False))
+    one.advance()
+    one.advance()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    diagonals = [m.d for m in model.modules() if isinstance(m, RasaExpertWeight)]
+    assert len(diagonals) == 2
+    assert all(torch.equal(d, torch.ones_like(d)) == fixed for d in diagonals)
+    learnt = 0 if fixed else sum(d.numel() for d in diagonals)
+    assert trained == 3 * 2 * (96 + 32 + 32 + 48) + learnt
+    experts = rasa_ext.merge_and_unload(model).model.layers[1].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        change = getattr(experts, name) - getattr(base.model.layers[1].mlp.experts, name)
+        alike = torch.allclose(change, change[:1].expand_as(change), rtol=1e-3, atol=1e-5)
+        assert alike == (k == 2 and fixed)
+        used = torch.linalg.matrix_rank(change, rtol=1e-4).max()  # of an expert that got tokens
+        assert used == 2 - k + 3 * k
 
 
 def test_the_diagonal_starts_where_the_config_says_in_the_blocks_it_names():

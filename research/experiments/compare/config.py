@@ -24,6 +24,7 @@ KINDS = {
     "peft": ("method", "options"),
     "full": (),
     "ours": ("method", "options", "steps"),
+    "experts": ("rank", "k"),
 }
 """Kinds of methods and the keys that each needs besides "rates".
 
@@ -32,12 +33,16 @@ for private ranks, for the k ranks that the layer gave to the pool, and for the 
 "peft" is a method of PEFT by name, with the options of its config, over all linear layers.
 "ours" is a method of ``rasa_ext.methods`` by name. Its "options" are those of its config, and its
 "steps" configure the work between optimizer steps: see ``methods.between``.
+"experts" is RaSA over the experts of each layer, with a base that is ``upcycled``. Its "fixed"
+keeps d at LoRA's scale: k = 0 is a LoRA for each expert, k = r one LoRA for all experts of the
+layer, of rank r times their number, and a k between has both.
 """
 OPTIONS = {
     "lora": ("ranks", "blocks"),
     "rasa": ("start",),
     "started": ("blocks", "targets", "d_lr_ratio"),
     "ours": ("optimizer",),
+    "experts": ("fixed",),
 }
 """Optional keys of some kinds; every kind may also have "share" and "against".
 
@@ -74,6 +79,8 @@ class Config:
     """Number of questions for exact match; defaults to ``test``."""
     every: int = 0
     """Steps between measurements of the dev loss, each of which saves the run; 0 means never."""
+    upcycled: Mapping[str, Any] | None = None
+    """Arguments of ``made``, which gives the base's last blocks experts."""
 
     def settings(self, task: str, method: str) -> str:
         """Return a short hash of all settings that must agree for runs to be comparable.

@@ -14,9 +14,11 @@ import torch
 import rasa_ext
 from rasa_ext import training
 from rasa_ext.methods import method_named
+from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_research.optim import LoraPro
 from rasa_research.ranks import hidden_dimensions, rank_pattern
 from rasa_research.training import Boosting, ProximalGates
+from research.experiments.experts.upcycled import STACKS
 
 
 def prepared(
@@ -47,6 +49,10 @@ def prepared(
             model, rank=spec["rank"], k=spec["k"], target_modules=targets(spec)
         )
         return _started(model, spec["k"], *spec["start"])
+    if spec["kind"] == "experts":
+        given = {"target_modules": list(STACKS), "experts": "layer"}
+        model = rasa_ext.patch_model(model, rank=spec["rank"], k=spec["k"], **given)
+        return _fixed(model) if spec.get("fixed") else model
     if spec["kind"] == "ours":
         kind = method_named(spec["method"])
         config = kind(**{**kind.absent, **spec["options"]})  # the paper's start, unless given
@@ -73,6 +79,15 @@ def targets(spec: Mapping[str, Any]) -> Any:
     if "blocks" not in spec:
         return spec.get("targets", "all-linear")
     return rf".*\.layers\.({'|'.join(map(str, spec['blocks']))})\..*_proj"
+
+
+@torch.no_grad()
+def _fixed(model: Any) -> Any:
+    """Set the diagonals of experts to 1, LoRA's scale at alpha = r, and freeze them."""
+    for module in model.modules():
+        if isinstance(module, RasaExpertWeight):
+            module.d.fill_(1).requires_grad_(False)
+    return model
 
 
 @torch.no_grad()

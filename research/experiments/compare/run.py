@@ -40,6 +40,7 @@ from research.experiments.compare.config import (
 )
 from research.experiments.compare.curves import curve_path
 from research.experiments.compare.methods import between, groups, optimizer, planned, prepared
+from research.experiments.experts.upcycled import made
 from research.experiments.table import Table
 from research.experiments.tasks import Task, make_task, other_text, solved
 from research.experiments.training import Recipe, Run, mean_loss
@@ -299,6 +300,8 @@ def main() -> None:
         return
     name = find_smollm2()
     base, tokenizer = load_model(name, "float32"), load_tokenizer(name)
+    if config.upcycled is not None:
+        base = made(base, tokenizer, given.state, **config.upcycled)
     bench = Bench(config, base, tokenizer, given.results, given.state, given.gsm8k)
     work(bench, table, given.minutes)
 
