@@ -214,6 +214,8 @@ def test_a_mixture_takes_what_trl_s_does(there, tmp_path):
         yaml.safe_dump({"datasets": [{"path": "json", "colums": 1}]})
     )
     assert "colums" in invoke(*words, "--config", tmp_path / "mix.yaml", code=1)
+    held_out = ("--dataset-test-split", "test", "--config", tmp_path / "mix.yaml")
+    assert "dataset_test_split: " in invoke(*words, *held_out, code=1)
 
 
 @pytest.mark.parametrize("task", TASKS)
