@@ -6,7 +6,6 @@ Missing environments are created in DIR (about 5 GB each, from the package index
 built in the first one, and --keep keeps it and the compiler's output for tests/build/sass.py. No
 GPU is needed, and no kernel is launched. The script checks that:
 
-- the build takes less than its budget of processor time;
 - every operator that does not call torch's own kernels has a CUDA kernel under every torch and
   Python;
 - the file needs only symbols of libc, libstdc++, CUDA and torch's C shims;
@@ -34,7 +33,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_ENVS = (f"{sys.executable}=2.11.0", "python3.13=2.15.0")
-BUDGET_S = 150  # processor time, since other programs may be running; 74 on an EPYC
 LIBRARY, LOG = Path("rasa_ext/_C.abi3.so"), "build.log"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SOURCES = (
@@ -85,7 +83,7 @@ def main() -> int:
     pythons = [make_env(options.envs, *env.split("=")) for env in options.env or DEFAULT_ENVS]
     with tempfile.TemporaryDirectory() as scratch:
         wheel, log, seconds = build(pythons[0], Path(scratch))
-        report.check(seconds < BUDGET_S, f"build: {wheel.name} in {seconds:.0f} s (< {BUDGET_S} s)")
+        print(f"      build: {wheel.name} in {seconds:.0f} s of processor time")
         report.check("-cp311-abi3-" in wheel.name, "the wheel serves every Python from 3.11 on")
         unpacked = Path(scratch) / "unpacked"
         zipfile.ZipFile(wheel).extractall(unpacked)
