@@ -1,6 +1,7 @@
 """Tiny mixtures of experts of many families, and stacks of experts without a model."""
 
 import functools
+import inspect
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -121,8 +122,8 @@ RARE: dict[str, dict[str, Any]] = {
 }
 """Families in which a layer cannot be adapted, or is adapted only if named as a target."""
 UNMARKED = ("Llama4TextExperts", "Step3p7Experts")
-"""Classes without the attributes that transformers' decorator sets. The first has transposed
-weights, and its forward gets rows for every expert, not a router's choices."""
+"""Classes without the attributes that transformers' decorator sets (the second, before 5.25). The
+first has transposed weights, and its forward gets rows for every expert, not a router's choices."""
 UNLIKE = ("mixtral", "gpt_oss", "nemotron_h")
 """One family of each layout."""
 
@@ -283,7 +284,14 @@ def unmarked_stack(kind: str, layers: int = 2) -> nn.Module:
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "moe_intermediate_size": INNER}
     config = SimpleNamespace(**sizes, num_local_experts=EXPERTS, hidden_act="silu")
     made = {"Llama4TextExperts": Llama4TextExperts, "Step3p7Experts": Step3p7Experts}[kind]
-    stack = nn.ModuleList(nn.ModuleDict({"experts": made(config)}) for _ in range(layers))
+    numbered = "layer_idx" in inspect.signature(made).parameters  # transformers 5.25 and later
+    if numbered:
+        vars(config).update(_experts_implementation="eager", limit_after_act=True)
+        config.swiglu_limits = [0.7] * layers
+    stack = nn.ModuleList(
+        nn.ModuleDict({"experts": made(config, i) if numbered else made(config)})
+        for i in range(layers)
+    )
     for parameter in stack.parameters():
         nn.init.normal_(parameter, std=0.3)
     return nn.ModuleDict({"layers": stack})
