@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from research.experiments.compare.config import BASE, read_config
+from research.experiments.compare.methods import prepared
 from research.experiments.compare.run import COLUMNS
 from research.experiments.known_rank import report, run, targets
 from research.experiments.known_rank.targets import VALUES, facts, make_base, make_target
@@ -114,3 +115,31 @@ def test_the_shipped_config_pairs_equal_numbers(tmp_path, monkeypatch):
     for name, spec in config.methods.items():
         for against in spec["against"]:
             assert trained[name] == pytest.approx(trained[against], rel=0.02)
+
+
+def test_a_lora_goes_on_from_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "BASE_LOSS", 99)
+    monkeypatch.setattr(targets, "BASE_RECIPE", dataclasses.replace(targets.BASE_RECIPE, steps=1))
+    config = read_config(run.HERE / "continued.yaml", run.TASKS)
+    specs = {name: dict(spec) for name, spec in config.methods.items() if name.endswith("-r2")}
+    for spec in specs.values():
+        spec["before"] = {"steps": 3, "lr": 1e-2}
+    bench = run.KnownRank(dataclasses.replace(config, methods=specs), tmp_path, tmp_path)
+    base = targets.make_base(2, 0, tmp_path / "known-rank")
+    ids = torch.arange(1, 33).reshape(4, 8)
+    plain, losses, trained = base(ids).logits, {}, {}
+    for name, spec in specs.items():
+        key = run.Key("values-L2", name, 1e-2, 0)
+        start = bench.base_of(key)
+        model = prepared(start, spec, 0, bfloat16=False)
+        assert start is bench.base_of(key)  # a run changes a copy
+        error = (model(ids).logits - start(ids).logits).abs().max()
+        moved = (start(ids).logits - plain).abs().max()
+        assert error < 1e-3 * moved
+        row = bench.do(key)
+        losses[name], trained[name] = row["test_loss"], row["trainable"]
+    assert len(set(losses.values())) == len(losses)
+    assert trained["wider-r2"] == 2 * trained["on-r2"] == 2 * trained["stopped-r2"]
+    assert trained["rasa-r2"] == trained["on-r2"] + 2 * 2 * 2  # d: L * k in each of the L layers
+    with pytest.raises(ValueError, match="as: expected lora, rasa or wider"):
+        prepared(bench.base_of(key), spec | {"as": "dora"}, 0, bfloat16=False)

@@ -25,6 +25,7 @@ KINDS = {
     "full": (),
     "ours": ("method", "options", "steps"),
     "experts": ("rank", "k"),
+    "continued": ("rank", "before", "as"),
 }
 """Kinds of methods and the keys that each needs besides "rates".
 
@@ -36,6 +37,8 @@ for private ranks, for the k ranks that the layer gave to the pool, and for the 
 "experts" is RaSA over the experts of each layer, with a base that is ``upcycled``. Its "fixed"
 keeps d at LoRA's scale: k = 0 is a LoRA for each expert, k = r one LoRA for all experts of the
 layer, of rank r times their number, and a k between has both.
+"continued" trains on a LoRA of "rank", which had "before" as its steps and rate: "as" a "lora", a
+"rasa" with k = r, or a "wider" LoRA of twice the rank. Only known_rank has such bases.
 """
 OPTIONS = {
     "lora": ("ranks", "blocks"),

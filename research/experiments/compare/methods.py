@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import operator
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,6 +50,8 @@ def prepared(
             model, rank=spec["rank"], k=spec["k"], target_modules=targets(spec)
         )
         return _started(model, spec["k"], *spec["start"])
+    if spec["kind"] == "continued":
+        return _continued(model, spec["rank"], spec["as"])
     if spec["kind"] == "experts":
         given = {"target_modules": list(STACKS), "experts": "layer"}
         model = rasa_ext.patch_model(model, rank=spec["rank"], k=spec["k"], **given)
@@ -79,6 +82,36 @@ def targets(spec: Mapping[str, Any]) -> Any:
     if "blocks" not in spec:
         return spec.get("targets", "all-linear")
     return rf".*\.layers\.({'|'.join(map(str, spec['blocks']))})\..*_proj"
+
+
+def _continued(lora: Any, rank: int, kind: str) -> Any:
+    """Return a LoRA of PEFT, with alpha = r, as the adapter to train on, with the same function."""
+    if kind == "lora":
+        return lora
+    if kind not in ("rasa", "wider"):
+        raise ValueError(f"as: expected lora, rasa or wider, got {kind!r}.")
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    if kind == "rasa":
+        with tempfile.TemporaryDirectory() as folder:
+            lora.save_pretrained(folder)
+            base = lora.unload()
+            rasa_ext.import_lora(base, folder, k=rank)
+            return base
+    trained = get_peft_model_state_dict(lora)
+    given = {"target_modules": lora.peft_config["default"].target_modules}
+    wider = LoraConfig(r=2 * rank, lora_alpha=2 * rank, **given)
+    return _filled(get_peft_model(lora.unload(), wider), trained, rank)
+
+
+@torch.no_grad()
+def _filled(wide: Any, trained: Mapping[str, Any], rank: int) -> Any:
+    """Set the first ``rank`` ranks of a LoRA. The others have B = 0, as at the start."""
+    for name, value in trained.items():
+        parameter = wide.get_parameter(name.replace(".weight", ".default.weight"))
+        part = parameter[:rank] if ".lora_A." in name else parameter[:, :rank]
+        part.copy_(value)
+    return wide
 
 
 @torch.no_grad()

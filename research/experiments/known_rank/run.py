@@ -9,14 +9,16 @@ A new start continues with the runs that the table lacks; two processes share th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from research.experiments.compare.config import Config, Key, pending, read_config
-from research.experiments.compare.run import COLUMNS, Bench, arguments, work
+from research.experiments.compare.config import BASE, Config, Key, pending, read_config
+from research.experiments.compare.run import COLUMNS, Bench, arguments, make_run, work
 from research.experiments.known_rank.targets import PAD, make_base, make_target
 from research.experiments.table import Table
 from research.experiments.tasks import Task
+from research.experiments.training import Recipe
 
 HERE = Path(__file__).parent
 CONFIG, RESULTS = HERE / "config.yaml", HERE / "results"
@@ -32,6 +34,7 @@ class KnownRank(Bench):
         """Set the folders; ``state`` has the base models, which are made on first use."""
         self.config, self.results, self.state, self.pad = config, results, state, PAD
         self.tokenizer, self.other = None, []
+        self._loras: dict[tuple[object, ...], Any] = {}
 
     def task_of(self, key: Key) -> Task:
         """Return the target task for the run's kind and seed."""
@@ -39,8 +42,27 @@ class KnownRank(Bench):
         return make_target(kind, RANKS[kind], key.seed)
 
     def base_of(self, key: Key) -> Any:
-        """Return a model of the run's depth that has learnt the facts of the run's seed."""
-        return make_base(TASKS[key.task][1], key.seed, self.state / "known-rank")
+        """Return a model of the run's depth that has learnt the facts of the run's seed.
+
+        With a method of the kind "continued", the model has a LoRA trained on the run's task.
+        """
+        base = make_base(TASKS[key.task][1], key.seed, self.state / "known-rank")
+        spec = {} if key.method == BASE else self.config.methods[key.method]
+        return self._lora(base, spec, key) if spec.get("kind") == "continued" else base
+
+    def _lora(self, base: Any, spec: Mapping[str, Any], key: Key) -> Any:
+        """Return ``base`` with a trained LoRA, which the runs of a process share."""
+        rank, before = spec["rank"], spec["before"]
+        name = (key.task, key.seed, rank, *before.values())
+        if name not in self._loras:
+            lora = {"kind": "lora", "rank": rank, "alpha": rank, "targets": ["down_proj"]}
+            size = self.config.batch_size
+            recipe = Recipe(before["steps"], size, before["lr"], seed=key.seed, bfloat16=False)
+            run = make_run(base, lora, self.task_of(key).train, self.pad, recipe)
+            while run.going:
+                run.advance()
+            self._loras[name] = run.model
+        return self._loras[name]
 
 
 def main() -> None:
