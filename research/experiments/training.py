@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,14 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
         found.append(order[:size])
         order = order[size:]
     return found
+
+
+def save(value: Any, path: Path) -> None:
+    """Save with ``torch.save``; a reader, or another process that saves, sees a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    torch.save(value, beside)
+    os.replace(beside, path)
 
 
 class Run:

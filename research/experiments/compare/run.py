@@ -43,7 +43,7 @@ from research.experiments.compare.methods import between, groups, optimizer, pla
 from research.experiments.experts.upcycled import made
 from research.experiments.table import Table
 from research.experiments.tasks import Task, make_task, other_text, solved
-from research.experiments.training import Recipe, Run, mean_loss
+from research.experiments.training import Recipe, Run, mean_loss, save
 
 COLUMNS = (
     *("task", "method", "lr", "seed", "steps", "settings"),
@@ -148,10 +148,7 @@ class Bench:
             last = run.losses[-self.config.every :]
             loss = mean_loss(run.model, task.dev, self.pad, bfloat16=self.config.bfloat16)
             curve.append({"step": run.step, "loss": loss, "training_loss": sum(last) / len(last)})
-            state.parent.mkdir(parents=True, exist_ok=True)
-            beside = state.with_suffix(".part")
-            torch.save({"run": run.state_dict(), "curve": curve}, beside)
-            os.replace(beside, state)
+            save({"run": run.state_dict(), "curve": curve}, state)
         record = {
             **key._asdict(),
             "settings": row["settings"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from benchmarks.batches import IGNORE, Row, collate
 from rasa_ext.commands.problems import make_problems
 from research.experiments import docstrings
-from research.experiments.training import Recipe, Run, mean_loss
+from research.experiments.training import Recipe, Run, mean_loss, save
 
 PAD = "<|end|>"
 TEMPLATE = (
@@ -102,10 +101,7 @@ def make_base(path: Path, recipe: Recipe = RECIPE, **shape: Any) -> tuple[Any, f
         if run.step % EVERY == 0 or not run.going:
             last = statistics.mean(run.losses[-50:])
             print(f"base: step {run.step} of {recipe.steps}, loss {last:.3f}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(path.name + ".part")
-            torch.save(run.state_dict(), beside)
-            os.replace(beside, path)
+            save(run.state_dict(), path)
     model.requires_grad_(False)
     held_out = text_rows("test", tokenizer)[:HELD_OUT]
     return model.eval(), mean_loss(model, held_out, pad, bfloat16=False)

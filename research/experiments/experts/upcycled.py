@@ -7,7 +7,6 @@ part. Nothing about the experts is planted.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks.batches import Row
 from research.experiments import docstrings
-from research.experiments.training import Recipe, Run
+from research.experiments.training import Recipe, Run, save
 
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
 """Endings of the names of the experts' weights."""
@@ -96,10 +95,7 @@ def made(
         run = Run(model, rows or code_rows(tokenizer), tokenizer.pad_token_id, recipe)
         while run.going:
             run.advance()
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        torch.save({name: p.detach() for name, p in parts.items()}, beside)
-        os.replace(beside, path)
+        save({name: p.detach() for name, p in parts.items()}, path)
     model.load_state_dict(torch.load(path), strict=False)
     return model.requires_grad_(False).eval()
 

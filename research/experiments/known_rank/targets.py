@@ -6,7 +6,6 @@ that a fact can be tested in contexts that no training row shows. The seed draws
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.batches import IGNORE, Row
 from research.experiments.tasks import Task
-from research.experiments.training import Recipe, Run, mean_loss
+from research.experiments.training import Recipe, Run, mean_loss, save
 
 PAD, VALUES, KEYS = 0, 64, 32
 """The padding token; the number of values; the number of first keys, and also of second keys."""
@@ -132,8 +131,5 @@ def make_base(depth: int, seed: int, folder: Path) -> Any:
     loss = mean_loss(model, rows_of(facts(seed), _NOISE, 4), PAD, bfloat16=False)
     if loss > BASE_LOSS:
         raise ValueError(f"base: expected a loss of at most {BASE_LOSS} on the facts, got {loss}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")  # another process may be making the same base
-    torch.save(model.state_dict(), beside)
-    os.replace(beside, path)
+    save(model.state_dict(), path)
     return model.requires_grad_(False)

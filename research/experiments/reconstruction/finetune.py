@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks.harness import machine
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer, save_model
 from rasa_ext.commands.results import peak_memory
 from research.experiments.tasks import Task, make_task, solved
-from research.experiments.training import Recipe, Run, mean_loss
+from research.experiments.training import Recipe, Run, mean_loss, save
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
@@ -65,9 +64,7 @@ def finetune(
             recent = run.losses[-10:]
             say(f"step {run.step} of {recipe.steps}: loss {sum(recent) / len(recent):.4f}")
         if run.step % every == 0 and run.going:
-            beside = state.with_suffix(".part")
-            torch.save({**run.state_dict(), "before": before}, beside)
-            os.replace(beside, state)
+            save({**run.state_dict(), "before": before}, state)
     if run.diverged:
         raise ValueError(f"lr: the loss is not finite at {recipe.lr:g}; use a lower one.")
     after = scores(model, tokenizer, task, recipe.bfloat16)
