@@ -450,9 +450,10 @@ def _check(task: str, data: Data, base: BaseOptions, values: Mapping[str, Any]) 
         raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
     if data.test_split is not None and (data.eval_data or not 0 < data.test_split < 1):
         raise ValueError("test_split: expected a share in (0, 1), without eval_data.")
-    if "datasets" in values and data.dataset_test_split is not None:
-        got = data.dataset_test_split
-        raise ValueError(f"dataset_test_split: expected none with a mixture, got {got!r}.")
+    if "datasets" in values:
+        for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+            if (got := getattr(data, name)) != getattr(Data, name):
+                raise ValueError(f"{name}: expected none with a mixture, got {got!r}.")
     if data.resume and data.overwrite:
         raise ValueError("overwrite: expected it without resume, which continues a run.")
     if task in ("grpo", "rloo") and not (

@@ -13,8 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rasa_ext import Card
-from rasa_ext.checkpoint import read_adapter
-from rasa_ext.checkpoint.card import CARD, adapter_card, write_card
 from rasa_ext.commands.callbacks import Progress, values
 from rasa_ext.commands.data import conversation, files_of, templated
 from rasa_ext.commands.measuring import greedy_answers
@@ -71,31 +69,19 @@ def write_folder(
         for prefix, where in (("", "training"), ("eval_", "held-out")):
             if found := values(rows, prefix + name):
                 result[f"{where} {text}"] = [found[0], found[-1]]
-    card = folder_card(trainer, options, result, _asked(options, trainer, row))
-    trainer.card = card
-    trainer.save_model()
+    trainer.card = folder_card(trainer, options, result, _asked(options, trainer, row))
+    trainer.save_model(_internal_call=True)  # a push waits for the plot
     trainer.save_state()
     trainer.save_metrics("all", result, combined=False)
-    if not trainer.is_world_process_zero():
-        return result
-    if options.task != "sft":
-        _write_card(trainer, options, card)
-    if losses:
+    if losses and trainer.is_world_process_zero():
         plan = patch_state(trainer.skeleton).plan
         rank = f" r={plan.config.rank}" if hasattr(plan.config, "rank") else ""
         name = Path(options.base.model_name_or_path).name
         title = f"{plan.config.title}{rank}, {name}"
         plot_loss(rows, options.output / "loss.png", title, figures(options.task))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return result
-
-
-def _write_card(trainer: Any, options: Options, card: Card) -> None:
-    """Replace PEFT's card of the run's folder by this package's."""
-    settings, tensors = read_adapter(options.output)
-    plan = patch_state(trainer.skeleton).plan
-    text = adapter_card(trainer.skeleton, settings, plan, tensors, card)
-    (options.output / CARD).unlink(missing_ok=True)
-    write_card(options.output, text, options.output)
 
 
 def folder_card(trainer: Any, options: Options, result: Mapping[str, Any], asked: str) -> Card:

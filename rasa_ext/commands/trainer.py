@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 import rasa_ext.peft
 from rasa_ext.base_layers.sharded import is_sharded
 from rasa_ext.checkpoint import read_adapter
+from rasa_ext.checkpoint.card import CARD, adapter_card, write_card
 from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
 from rasa_ext.checkpoint.loading import load_tensors_into
 from rasa_ext.commands.options import TASKS, Options
@@ -51,6 +52,7 @@ class Training(Trainer):
     """The base on the meta device with the adapter, for the card."""
     counts: dict[str, str]
     """What is in the data, by option, for the card."""
+    card = rasa_ext.Card()
 
     @property
     def base_model(self) -> Any:
@@ -98,7 +100,16 @@ class Training(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self.note(Path(output_dir if output_dir is not None else str(self.args.output_dir)))
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        self.note(directory)
+        if directory == Path(str(self.args.output_dir)):
+            settings, tensors = read_adapter(directory)
+            plan = patch_state(self.skeleton).plan
+            text = adapter_card(self.skeleton, settings, plan, tensors, self.card)
+            (directory / CARD).unlink(missing_ok=True)  # PEFT's
+            write_card(directory, text, directory)
 
     def note(self, directory: Path) -> None:
         """Write the run's options into a checkpoint."""
@@ -154,7 +165,6 @@ class AdapterTrainer(Training, SFTTrainer):
             and "logits_to_keep" in inspect.signature(forward).parameters
         )
         self._held_out = torch.zeros(2, dtype=torch.float64)
-        self.card = rasa_ext.Card()
         self.counts = {}
 
     def compute_loss(

@@ -20,6 +20,7 @@ from rasa_ext.commands.options import HELP, TASKS, make_parser, parse
 from tests.helpers import peft
 from tests.helpers.cli import invoke
 from tests.helpers.finetuning import interrupting, losses, parsed, read_log, read_result
+from tests.helpers.hub import local_hub
 from tests.helpers.processes import run_whole
 from tests.helpers.tiny_lm import save_base
 from tests.helpers.trainers import rows
@@ -214,8 +215,20 @@ def test_a_mixture_takes_what_trl_s_does(there, tmp_path):
         yaml.safe_dump({"datasets": [{"path": "json", "colums": 1}]})
     )
     assert "colums" in invoke(*words, "--config", tmp_path / "mix.yaml", code=1)
-    held_out = ("--dataset-test-split", "test", "--config", tmp_path / "mix.yaml")
-    assert "dataset_test_split: " in invoke(*words, *held_out, code=1)
+    for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+        given = (f"--{name}", "other", "--config", tmp_path / "mix.yaml")
+        assert f"{name}: " in invoke(*words, *given, code=1)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_run_is_pushed_whole_at_the_end(task, there, tmp_path, monkeypatch):
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        invoke(*line(task, tmp_path / "sums", "--push-to-hub", "--hub-strategy", "end"))
+        pushed, times = hub.files("me/sums"), len(hub.messages)
+    for name in ("README.md", "loss.png", "all_results.json", "adapter_model.safetensors"):
+        assert pushed[name] == (tmp_path / "sums" / name).read_bytes()
+    assert f"by TRL's {TASKS[task].kind}Trainer".encode() in pushed["README.md"]
+    assert times == 1
 
 
 @pytest.mark.parametrize("task", TASKS)
