@@ -138,6 +138,10 @@ def test_a_lora_goes_on_from_where_it_stopped(tmp_path, monkeypatch):
         assert error < 1e-3 * moved
         row = bench.do(key)
         losses[name], trained[name] = row["test_loss"], row["trainable"]
+        lora = {"kind": "lora", "rank": 2, "alpha": 2, "targets": ["down_proj"]}
+        rounded = prepared(base, lora, 0, bfloat16=True)
+        goes_on = prepared(rounded, spec, 0, bfloat16=True)
+        assert {p.dtype for p in goes_on.parameters() if p.requires_grad} == {torch.float32}
     assert len(set(losses.values())) == len(losses)
     assert trained["wider-r2"] == 2 * trained["on-r2"] == 2 * trained["stopped-r2"]
     assert trained["rasa-r2"] == trained["on-r2"] + 2 * 2 * 2  # d: L * k in each of the L layers

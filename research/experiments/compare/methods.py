@@ -40,7 +40,7 @@ def prepared(
     model = copy.deepcopy(base)
     if spec["kind"] == "full":
         return model.requires_grad_(True)
-    if bfloat16:
+    if bfloat16 and spec["kind"] != "continued":  # whose model has a LoRA in float32
         model = model.to(torch.bfloat16)
     if spec["kind"] == "rasa":
         given = {"alpha": float(spec["alpha"]), "start": spec.get("start", "paper")}

@@ -77,6 +77,7 @@ class Bench:
         self.other = other_text(tokenizer, config.other_text)
         self.results, self.state, self.gsm8k = results, state, gsm8k
         self._tasks: dict[str, Task] = {}
+        self._loras: dict[tuple[object, ...], Any] = {}
 
     def task(self, name: str) -> Task:
         """Return a task, which is made on first use."""
@@ -92,7 +93,27 @@ class Bench:
 
     def base_of(self, key: Key) -> Any:
         """Return the model that a run starts from."""
-        return self.base
+        return self.with_lora(self.base, key)
+
+    def with_lora(self, base: Any, key: Key, **options: Any) -> Any:
+        """Return ``base``, with a LoRA trained on the run's task if the method goes on from one.
+
+        ``options`` are the LoRA's, besides rank and alpha. The runs of a process share the LoRA.
+        """
+        spec = {} if key.method == BASE else self.config.methods[key.method]
+        if spec.get("kind") != "continued":
+            return base
+        rank, before = spec["rank"], spec["before"]
+        name = (key.task, key.seed, rank, *before.values())
+        if name not in self._loras:
+            lora = {"kind": "lora", "rank": rank, "alpha": rank, **options}
+            size, bfloat16 = self.config.batch_size, self.config.bfloat16
+            recipe = Recipe(before["steps"], size, before["lr"], seed=key.seed, bfloat16=bfloat16)
+            run = make_run(base, lora, self.task_of(key).train, self.pad, recipe)
+            while run.going:
+                run.advance()
+            self._loras[name] = run.model
+        return self._loras[name]
 
     def ranks(self, task: Task, rank: int) -> dict[str, int]:
         """Return GeLoRA's ranks for a task by layer, planned once and then read from a table."""

@@ -9,16 +9,14 @@ A new start continues with the runs that the table lacks; two processes share th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from research.experiments.compare.config import BASE, Config, Key, pending, read_config
-from research.experiments.compare.run import COLUMNS, Bench, arguments, make_run, work
+from research.experiments.compare.config import Config, Key, pending, read_config
+from research.experiments.compare.run import COLUMNS, Bench, arguments, work
 from research.experiments.known_rank.targets import PAD, make_base, make_target
 from research.experiments.table import Table
 from research.experiments.tasks import Task
-from research.experiments.training import Recipe
 
 HERE = Path(__file__).parent
 CONFIG, RESULTS = HERE / "config.yaml", HERE / "results"
@@ -42,27 +40,9 @@ class KnownRank(Bench):
         return make_target(kind, RANKS[kind], key.seed)
 
     def base_of(self, key: Key) -> Any:
-        """Return a model of the run's depth that has learnt the facts of the run's seed.
-
-        With a method of the kind "continued", the model has a LoRA trained on the run's task.
-        """
+        """Return a model of the run's depth that has learnt the facts of the run's seed."""
         base = make_base(TASKS[key.task][1], key.seed, self.state / "known-rank")
-        spec = {} if key.method == BASE else self.config.methods[key.method]
-        return self._lora(base, spec, key) if spec.get("kind") == "continued" else base
-
-    def _lora(self, base: Any, spec: Mapping[str, Any], key: Key) -> Any:
-        """Return ``base`` with a trained LoRA, which the runs of a process share."""
-        rank, before = spec["rank"], spec["before"]
-        name = (key.task, key.seed, rank, *before.values())
-        if name not in self._loras:
-            lora = {"kind": "lora", "rank": rank, "alpha": rank, "targets": ["down_proj"]}
-            size = self.config.batch_size
-            recipe = Recipe(before["steps"], size, before["lr"], seed=key.seed, bfloat16=False)
-            run = make_run(base, lora, self.task_of(key).train, self.pad, recipe)
-            while run.going:
-                run.advance()
-            self._loras[name] = run.model
-        return self._loras[name]
+        return self.with_lora(base, key, targets=["down_proj"])
 
 
 def main() -> None:
