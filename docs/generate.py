@@ -61,7 +61,7 @@ def options(package: str) -> str:
             continue
         index.append(entry(f"[`rasa-ext {name}`](#{name})", text.splitlines()[0]))
         rows = [option(each) for each in command.params if each.name != "help"]
-        parts += [f"## {name}", text, "\n".join(rows)]
+        parts += [f"## {name}", text, *([folded("Options", "\n".join(rows))] if rows else [])]
     return "\n\n".join(["\n".join(index), *filter(None, parts)])
 
 
@@ -79,7 +79,7 @@ def task(name: str) -> str:
     shown = {each for rows in HELP.values() for each in rows}
     own = [each for kind in (Data, BaseOptions) for each in dataclasses.fields(kind)]
     more = [each for each in own if dashed(short(each.name)) not in shown]
-    parts += ["**More**", "\n".join(map(field_entry, more))]
+    parts.append(folded("More options", "\n".join(map(field_entry, more))))
     parts.append(
         "Every other field of TRL's config is an option, and so is every field of the method's "
         "config: `rasa-ext sft --help-all` lists them. Names may have `_` or `-`. Second names: "
@@ -144,8 +144,12 @@ def file(path: str) -> str:
     """Show a file of the repository whole, folded."""
     language = {".py": "py", ".yaml": "yml"}[Path(path).suffix]
     code = f"```{language}\n{(DOCS.parent / path).read_text().rstrip()}\n```"
-    summary = f"<summary><code>{path}</code></summary>"
-    return f'<details markdown="1">{summary}\n\n{code}\n\n</details>'
+    return folded(f"<code>{path}</code>", code)
+
+
+def folded(summary: str, text: str) -> str:
+    """Fold a text, with a line that is always shown."""
+    return f'<details markdown="1"><summary>{summary}</summary>\n\n{text}\n\n</details>'
 
 
 def located(name: str) -> Any:

@@ -31,11 +31,6 @@ def effective_rank(layers: int, rank: int, k: int) -> int:
     return rank - k + layers * k
 
 
-def trainable_parameters(layers: int, rank: int, k: int, out: int, width: int) -> int:
-    """Count one group's parameters: LoRA's number for A, B and pool, and one diagonal per layer."""
-    return layers * rank * (width + out) + layers * effective_rank(layers, rank, k)
-
-
 def pool() -> Figure:
     """Draw LoRA's ranks above RaSA's, for four layers of rank 4."""
     layers, rank, k = 4, 4, 1
@@ -120,29 +115,6 @@ def matrices() -> Figure:
         axes.text(0.55, -0.68 - 0.5 * row, text, va="center")
     axes.set(xlim=(-0.05, place + width + 0.05), ylim=(-2.0, out + 0.05), aspect="equal")
     axes.axis("off")
-    return figure
-
-
-def ranks() -> Figure:
-    """Plot effective rank and extra parameters over the number of layers, for each k."""
-    rank, side, counts = 8, 4096, list(range(1, 81))
-    figure, (upper, lower) = pyplot.subplots(
-        2, 1, figsize=(WIDTH, 5.2), sharex=True, layout="constrained"
-    )
-    for k, color in ((0, FROZEN), (1, PRIVATE), (2, POOL), (4, WEIGHTS)):
-        label = "k = 0 (LoRA)" if k == 0 else f"k = {k}"
-        upper.plot(counts, [effective_rank(n, rank, k) for n in counts], label=label, color=color)
-        if k:
-            lora = [n * rank * 2 * side for n in counts]
-            ours = [trainable_parameters(n, rank, k, side, side) for n in counts]
-            more = [100 * (a / b - 1) for a, b in zip(ours, lora, strict=True)]
-            lower.plot(counts, more, color=color)
-    upper.set(title=f"r = {rank}: effective rank R")
-    lower.set(
-        xlabel="layers in the group",
-        title=f"trainable parameters above LoRA's, %\n(weights of {side} x {side})",
-    )
-    upper.legend(frameon=False)
     return figure
 
 
@@ -315,7 +287,6 @@ PICTURES = {
     "pool": pool,
     "start": start,
     "matrices": matrices,
-    "ranks": ranks,
     "flow": flow,
     "known_rank": known_rank,
     "differences": differences,
