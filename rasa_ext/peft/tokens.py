@@ -66,6 +66,8 @@ class OptionalRows(TrainableTokensWrapper):
     PEFT 0.21 can neither save nor load an adapter without them.
     """
 
+    bias = None  # TRL's losses read weight and bias of a tied head, and PEFT's wrapper has no bias
+
     def adapter_state_dict(  # type: ignore[override]  # as PEFT's own subclasses have it
         self, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:

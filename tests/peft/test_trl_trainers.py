@@ -17,7 +17,7 @@ import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapters, patched, plain_model, same_bits, trainable_copies
 from tests.helpers.adapters import randomize as fill
-from tests.helpers.peft import close, dense, logits, parameters, tiny, trained
+from tests.helpers.peft import adapted, close, dense, logits, parameters, tiny, trained
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 from tests.helpers.trainers import QUIET, rows, sft_trainer
 
@@ -25,7 +25,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
 
 KINDS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
-DRAWING = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+DRAWING = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1}
 HEAD = {"modules_to_save": ["score"]}
 STEPS = 3
 
@@ -168,10 +168,12 @@ def test_what_plain_pytorch_logs(kind, front_end, folder, expected, tmp_path):
         assert name not in learnt or "rasa" in name or front_end == "patch" or "score" in name
 
 
+@pytest.mark.parametrize("tokens", [None, [3, 40]])
 @pytest.mark.parametrize("kind", DISTANCES)
-def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, tmp_path):
+def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, tokens, tmp_path):
     """TRL's adapter "ref" is a fixed copy of the adapter, not the bare base."""
-    model = tiny()
+    base = make_model(tie_word_embeddings=tokens is not None)
+    model = adapted(base, task_type="CAUSAL_LM", trainable_token_indices=tokens)
     policy = logits(model)
     running = trainer(kind, model, tmp_path, max_steps=1)
     model.set_adapter("ref")
@@ -222,6 +224,26 @@ def test_a_reward_model_s_head_is_saved_with_the_adapter(folder, tmp_path):
         assert torch.equal(logits(loaded), logits(running.model))
         loaded = PeftModel.from_pretrained(load("Reward", folder), tmp_path / place)
         assert torch.equal(logits(loaded), logits(running.model))
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_rows_of_a_tied_head_are_trained(front_end, tmp_path):
+    """The trainer's loss reads the head's weight and does not call the head."""
+    base, tokens = make_model(tie_word_embeddings=True), [3, 40]
+    if front_end == "peft":
+        model = adapted(base, task_type="CAUSAL_LM", trainable_token_indices=tokens)
+    else:
+        model = patched(base, trainable_token_indices=tokens)
+    twin = copy.deepcopy(model).train()
+    options = {"max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    running = sft_trainer(model, tmp_path, per_device_train_batch_size=16, **options)
+    twin(**next(iter(running.get_train_dataloader()))).loss.backward()
+    running.train()
+    start = parameters(twin)
+    (rows_,) = (n for n in trained(model) if n.endswith((".rows", "tokens_delta.default")))
+    found = parameters(model)[rows_]
+    torch.testing.assert_close(found, start[rows_] - 1e-2 * start[rows_].grad)
+    assert not torch.equal(found, start[rows_])
 
 
 def test_an_adapted_output_head_is_trained(tmp_path):
