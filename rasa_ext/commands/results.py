@@ -131,10 +131,12 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         memory = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak)
         lines.append(f"{time}, peak memory {memory}")
     if result["first_loss"] is not None:
-        losses = f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
-        rose = result["last_loss"] > result["first_loss"] and "training reward" not in result
-        rose = "; it rose, try a lower --lr" if rose else ""
-        lines.append(f"{losses} (first and last tenth of the steps{rose})")
+        first, last = (round(result[f"{name}_loss"], 4) for name in ("first", "last"))
+        worse = last > first and "training reward" not in result
+        rose = "; it rose, try a lower --lr" if worse else ""
+        lines.append(
+            f"training loss {first:.4f} -> {last:.4f} (first and last tenth of the steps{rose})"
+        )
     if result["eval_loss"] is not None:
         before, after = result["eval_loss_before"], result["eval_loss"]
         kept = f" (of step {result['kept_step']}, which is kept)"

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import rasa_ext.peft
 from rasa_ext.base_layers.sharded import is_sharded
 from rasa_ext.checkpoint import read_adapter
 from rasa_ext.checkpoint.card import CARD, adapter_card, write_card
-from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
+from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_tensors, write_files
 from rasa_ext.checkpoint.loading import load_tensors_into
 from rasa_ext.commands.options import TASKS, Options
 from rasa_ext.commands.output import working
@@ -296,7 +297,7 @@ def make_trainer(
             return trainer
         if options.task in ("grpo", "rloo"):
             given["reward_funcs"] = _rewards(options)
-        given |= _peft(options, model, config)
+        given |= _peft(options, model, config, tensors)
         return trainer_of(TASKS[options.task].kind)(args=arguments, **given)
 
 
@@ -306,19 +307,22 @@ def _for_sft(arguments: Any, marks: bool, plain: bool) -> None:
     arguments.eval_packing, arguments.prediction_loss_only = False, True
 
 
-def _peft(options: Options, model: Any, config: AdapterConfig) -> dict[str, Any]:
+def _peft(
+    options: Options, model: Any, config: AdapterConfig, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the trainer's model and adapter under PEFT, which gives TRL its reference."""
-    given = options.data.init_adapter
-    kind = "SEQ_CLS" if options.task == "reward" else "CAUSAL_LM"
-    if given is None:
-        peft_config = rasa_ext.peft.RasaConfig.of(config, task_type=kind)
-        if why := peft_config.why_not_trained():
-            raise ValueError(f"method: expected one for {options.task}, but {why}.")
+    score = options.task == "reward"
+    kind = "SEQ_CLS" if score else "CAUSAL_LM"
+    peft_config = rasa_ext.peft.RasaConfig.of(config, task_type=kind)
+    if why := peft_config.why_not_trained():
+        raise ValueError(f"method: expected one for {options.task}, but {why}.")
+    if not tensors:
         return {"model": model, "peft_config": peft_config}
-    if read_adapter(given)[0].get("peft_type") == "LORA":
-        return {"model": rasa_ext.peft.import_lora(model, given, options.adapter.get("k") or 0)}
-    peft: Any = importlib.import_module("peft")
-    return {"model": peft.PeftModel.from_pretrained(model, given, is_trainable=True)}
+    head = {f"{PREFIX}score.weight": model.score.weight.detach()} if score else {}
+    with tempfile.TemporaryDirectory() as folder:  # the tensors may be a LoRA's, which PEFT wrote
+        settings = {**config.to_dict(), "task_type": kind}
+        write_files(Path(folder), settings, {**head, **tensors})
+        return {"model": PeftModel.from_pretrained(model, folder, is_trainable=True)}
 
 
 def _rewards(options: Options) -> list[Any]:

@@ -235,6 +235,9 @@ def _adapter(options: Options, skeleton: Any) -> tuple[AdapterConfig, dict[str, 
     if given is None:
         return options.config(), {}
     settings, tensors = read_adapter(given)
+    if settings.get("task_type") == "SEQ_CLS" and options.task != "reward":
+        why = f"expected a language model's adapter, but {given} is a reward model's"
+        raise ValueError(f"init_adapter: {why}; `rasa-ext reward` trains it further.")
     if settings.get("peft_type") == "LORA":
         lora = convert_lora(skeleton, read_lora(given), given, k or 0)
         return dataclasses.replace(lora.config, template=options.data.template), lora.tensors

@@ -10,7 +10,12 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import rasa_ext
 from benchmarks.memory import MODELS
@@ -124,21 +129,39 @@ def test_an_interrupted_run_goes_on(task, there, tmp_path):
     assert f"resume: the run of {output}/checkpoint-3 had other options: lr (0.05 before" in text
 
 
+@pytest.mark.parametrize("task", ["dpo", "reward"])
 @pytest.mark.parametrize("start", ["rasa", "lora", "lora as rasa"])
-def test_an_adapter_is_trained_further(start, there, tmp_path):
+def test_an_adapter_is_trained_further(start, task, there, tmp_path):
     base, folder = AutoModelForCausalLM.from_pretrained("base"), tmp_path / "start"
     if start == "rasa":
         rasa_ext.save_adapter(rasa_ext.patch_model(base, rank=4, k=1), folder)
     else:
         peft.save_lora(base, folder, r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    words = [word for word in line("dpo", tmp_path / "out") if word not in ("--rank", "4")]
+    words = [word for word in line(task, tmp_path / "out") if word not in ("--rank", "4")]
     words = words[: words.index("--k")]
+    words[words.index("--lr") + 1] = "1e-9"
     more = ["--k", 2] if start == "lora as rasa" else []
     invoke(*words, "--init-adapter", folder, *more)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rasa_k"] == {"rasa": 1, "lora": 0, "lora as rasa": 2}[start]
     first = next(row["loss"] for row in read_log(tmp_path / "out") if "loss" in row)
-    assert first == pytest.approx(math.log(2), rel=1e-4)
+    if task == "dpo":
+        assert first == pytest.approx(math.log(2), rel=1e-4)
+        return
+    assert trained(tmp_path / "out")["base_model.model.score.weight"].any()
+    outputs = []
+    for kind, place in (
+        (AutoModelForCausalLM, folder),
+        (AutoModelForSequenceClassification, tmp_path / "out"),
+    ):
+        model = PeftModel.from_pretrained(kind.from_pretrained("base", num_labels=1), place)
+        with torch.no_grad():
+            outputs.append(model.get_base_model().model(IDS).last_hidden_state)
+    torch.testing.assert_close(*outputs)
+    words[0], words[words.index("reward.jsonl")] = "dpo", "dpo.jsonl"
+    words[words.index("--output") + 1] = tmp_path / "other"
+    text = invoke(*words, "--init-adapter", tmp_path / "out", code=1)
+    assert "init_adapter: expected a language model's adapter, but " in text
 
 
 def test_processes_of_accelerate_train_as_one(there, forked_python, tmp_path):
