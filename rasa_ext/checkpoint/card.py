@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -307,6 +307,8 @@ def _load(
         code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as before training'
         return f"```python\n{code}\n```"
     file = base.gguf and f', gguf_file="{base.gguf}"'
+    if kind.endswith("Classification"):  # a new head has two labels, if none are named
+        file += f", num_labels={cast(Any, model.config).num_labels}"
     code = f"{imports}\nfrom transformers import {kind}\n\n"
     code += f'model = {kind}.from_pretrained("{base.source}"{file})\n{result}{call}(model, ".")'
     return f"{base.folder_note()}{_HERE}```python\n{code}\n```"

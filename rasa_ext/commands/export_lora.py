@@ -47,12 +47,12 @@ def export_lora(
 
     import rasa_ext
     from rasa_ext.checkpoint.lora_readers import GGUF, serving_help
-    from rasa_ext.commands.models import base_of, copy_tokenizer, load_model
+    from rasa_ext.commands.models import base_of, copy_tokenizer, load_model, scores
     from rasa_ext.patching.state import adapted_experts
 
     with base_of(adapter, model) as name, working(f"Exporting {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite)
-        base = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
+        base = rasa_ext.load_adapter(load_model(name, score=scores(adapter)), adapter)
         size = rasa_ext.export_size(base, expert_layout=expert_layout, rank=rank)
         console.print(f"The LoRA takes {_bytes(size)}.")
         adapted = bool(adapted_experts(base))
@@ -84,6 +84,8 @@ def export_lora(
             table.add_row(layer, f"{error:.3g}")
         console.print(table)
         console.print("Errors are relative to the weight change, in the Frobenius norm.")
+    if scores(adapter):
+        return  # servers read adapters of language models
     text = serving_help(
         name,
         output.resolve(),

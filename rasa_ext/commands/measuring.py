@@ -17,7 +17,7 @@ from trl import SFTConfig
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.commands.data import Row, rows_for_sft
-from rasa_ext.commands.models import base_of, load_model, load_tokenizer, own_tokenizer
+from rasa_ext.commands.models import base_of, load_model, load_tokenizer, own_tokenizer, scores
 from rasa_ext.commands.output import working
 from rasa_ext.commands.paths import is_adapter
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
@@ -48,6 +48,8 @@ def each_model(
     for name in names:
         path, adapted = Path(name), is_adapter(Path(name))
         with base_of(path, base) if adapted else contextlib.nullcontext(name) as wanted:
+            if adapted and scores(path):
+                raise ValueError(f"targets: expected language models, but {name} scores answers.")
             if wanted != loaded:
                 with working(f"Loading {wanted}"):
                     loaded, model = wanted, load_model(wanted, dtype).to(device)

@@ -39,6 +39,7 @@ def merge(
         load_tokenizer,
         own_tokenizer,
         save_model,
+        scores,
     )
     from rasa_ext.methods import read_method
     from rasa_ext.writing import CONFIG, STALE, TOKENIZER, new_folder
@@ -46,8 +47,10 @@ def merge(
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite, beside=[CONFIG])
         read_method(read_config(adapter))  # refuses a LoRA before the base is loaded
-        base = load_model(name, dtype)
+        base = load_model(name, dtype, score=scores(adapter))
         tokenizer = own_tokenizer(adapter, needed=False) or load_tokenizer(name)
+        if scores(adapter):  # a score is that of the last token before the padding
+            base.config.pad_token_id = tokenizer.pad_token_id
         rasa_ext.load_adapter(base, adapter)
         change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(base))
         card = _card(base, adapter)
@@ -64,30 +67,35 @@ def _card(model: Any, adapter: Path) -> str:
     import torch
 
     from rasa_ext import Card, __version__
-    from rasa_ext.checkpoint.adapter import base_name
+    from rasa_ext.checkpoint.adapter import base_name, task_type
     from rasa_ext.checkpoint.card import BaseName, about, compose, head_fields, title
     from rasa_ext.patching.state import patch_state
 
     base, config = BaseName.of(base_name(model)), patch_state(model).config
     card = Card.read(adapter)
-    fields = head_fields(base, "CAUSAL_LM", card, "transformers", [config.method, "lora"])
+    task = task_type(model)
+    fields = head_fields(base, task, card, "transformers", [config.method, "lora"])
     if base.id:
         fields["base_model_relation"] = "finetune"
     dtype = " --dtype float32" if model.dtype == torch.float32 else ""  # vLLM's default rounds it
+    kind = "AutoModelForCausalLM" if task else "AutoModelForSequenceClassification"
+    sections = {"Load": _LOAD.format(kind=kind), "Serve": f"```bash\nvllm serve .{dtype}\n```"}
+    if task is None:
+        del sections["Serve"]
     return compose(
         fields,
         title(f"{config.title}, merged,", base),
         f"An adapter of the method {config.title}, merged into its base by rasa_ext {__version__}.",
         about(base, config),
-        {"Load": _LOAD, "Serve": f"```bash\nvllm serve .{dtype}\n```", **card.sections},
+        {**sections, **card.sections},
     )
 
 
 _LOAD = """`"."` is the folder of this card.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(".")
+model = {kind}.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```"""

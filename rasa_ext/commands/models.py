@@ -297,6 +297,11 @@ def is_model(path: Path) -> bool:
     return (path / "config.json").is_file() and not is_adapter(path)
 
 
+def scores(adapter: Path) -> bool:
+    """Return whether an adapter is a reward model's."""
+    return read_config(adapter).get("task_type") == "SEQ_CLS"
+
+
 @contextlib.contextmanager
 def base_of(adapter: Path, given: str | None, argument: str = "adapter") -> Iterator[str]:
     """Yield the name of an adapter's base: ``given``, or the one in ``adapter_config.json``.
@@ -340,7 +345,7 @@ def base_skeleton(adapter: Path, given: str | None) -> Any:
         'LlamaForCausalLM'
     """
     with base_of(adapter, given) as name:
-        return load_skeleton(name)
+        return load_skeleton(name, score=scores(adapter))
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -106,7 +106,7 @@ def test_export_lora_as_gguf_prints_the_server_alone(base, tuned, tmp_path, monk
     assert names == ["Modelfile", "README.md", "adapter.gguf"]
     assert (out / "Modelfile").read_text() == "FROM ./base.gguf\nADAPTER ./adapter.gguf\n"
 
-    monkeypatch.setattr(models, "load_model", lambda name, dtype: make_model())
+    monkeypatch.setattr(models, "load_model", lambda name, score: make_model())
     gguf = tmp_path / "m.Q4_1.gguf"
     text = invoke(*words, "--model", gguf, "--overwrite")
     assert "convert" not in text

@@ -1,9 +1,11 @@
 """The training tasks: each trains, saves, loads and exports; mistakes are one sentence."""
 
+import functools
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,28 @@ def trained(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter_model.safetensors")
 
 
+def check_reward(output: Path, folder: Path) -> None:
+    """Check that a reward model scores alike as its card loads it, under PEFT, and exported."""
+    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1)
+    places = {"merged": folder / "merged", "lora": folder / "lora"}
+    invoke("merge", output, "--output", places["merged"])
+    assert "vllm" not in invoke("export-lora", output, "--output", places["lora"]).lower()
+    models = [load(places["merged"])]
+    models += [PeftModel.from_pretrained(load("base"), place) for place in (output, places["lora"])]
+    code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
+    there: dict[str, Any] = {}
+    exec(code.replace("BASE_FOLDER", "base").replace('"."', repr(str(output))), there)
+    models.append(there["model"])
+    ids = IDS.repeat(2, 1)
+    with torch.no_grad():
+        first, *others = (model.eval()(input_ids=ids).logits for model in models)
+    assert first.shape == (2, 1)
+    for each in others:
+        torch.testing.assert_close(each, first)
+    for words in (["evaluate", output, "--data", "sft.jsonl"], ["generate", output]):
+        assert "targets: expected language models, but " in invoke(*words, code=1)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_an_adapter_is_trained_saved_loaded_and_exported(task, there, tmp_path):
     output = tmp_path / task
@@ -92,7 +116,7 @@ def test_an_adapter_is_trained_saved_loaded_and_exported(task, there, tmp_path):
     assert "| lr | 0.05 |" in card
     assert "license" not in card
     if task == "reward":
-        assert any("score" in name for name in trained(output))
+        check_reward(output, tmp_path)
         return
     base = AutoModelForCausalLM.from_pretrained("base")
     with torch.no_grad():
