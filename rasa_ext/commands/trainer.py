@@ -298,7 +298,21 @@ def make_trainer(
         if options.task in ("grpo", "rloo"):
             given["reward_funcs"] = _rewards(options)
         given |= _peft(options, model, config, tensors)
-        return trainer_of(TASKS[options.task].kind)(args=arguments, **given)
+        exact = {p: p.data for p in given["model"].parameters() if p.requires_grad}
+        trainer = trainer_of(TASKS[options.task].kind)(args=arguments, **given)
+        if options.base.load_in_4bit or options.base.load_in_8bit:
+            _unround(trainer.model, exact, model.dtype, config.adapter_dtype)
+        return trainer
+
+
+def _unround(
+    model: Any, exact: Mapping[Any, Any], dtype: torch.dtype, of_adapter: torch.dtype
+) -> None:
+    """Undo TRL's cast of what is trained to bfloat16, before processes share the parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = dtype if "modules_to_save" in name else of_adapter
+            parameter.data = exact.get(parameter, parameter).data.to(parameter.device, own)
 
 
 def _for_sft(arguments: Any, marks: bool, plain: bool) -> None:

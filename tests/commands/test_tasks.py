@@ -188,6 +188,23 @@ def test_an_adapter_is_trained_further(start, task, there, tmp_path):
     assert "init_adapter: expected a language model's adapter, but " in text
 
 
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_adapters_over_a_quantized_base_are_not_rounded(task, there, tmp_path):
+    save_base(tmp_path / "wide", hidden_size=64, intermediate_size=64)
+    words = line(task, tmp_path / "first", "--load-in-4bit", "--model", tmp_path / "wide")
+    words = [word for i, word in enumerate(words) if i not in (1, 2)]
+    assert "was cast to" not in invoke(*words)
+    words = [word for word in words if word not in ("--rank", "4", "--k", "1")]
+    words[words.index("--lr") + 1] = "1e-9"
+    words[words.index("--output") + 1] = tmp_path / "second"
+    invoke(*words, "--init-adapter", tmp_path / "first")
+    first, second = trained(tmp_path / "first"), trained(tmp_path / "second")
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-7, msg=name)
+
+
 def test_processes_of_accelerate_train_as_one(there, forked_python, tmp_path):
     """TRL's configs are for GPUs; --use_cpu of the script selects CPUs, on which DDP runs."""
     found = []
